@@ -1,0 +1,1 @@
+"""Loquent's clients: the command line, the terminal's captions, and a small WebSocket client."""

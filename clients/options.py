@@ -1,0 +1,86 @@
+"""The options that several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+
+from loquent.engine.recognizer import Recognizer
+from loquent.engine.stream import Stream
+
+CHUNK_MS = 320
+
+
+def make_parser(name: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """The parser of ``loquent NAME``; `examples` are shown below its help as they stand."""
+    return argparse.ArgumentParser(
+        prog=f"loquent {name}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--bundle, --threads, --chunk-ms."""
+    parser.add_argument(
+        "--bundle",
+        default="en",
+        metavar="PATH|NAME",
+        help="model: a bundle's folder or .tar, or the name of one that is built in (default: en)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="CPU threads of the network (default: 1)",
+    )
+    parser.add_argument(
+        "--chunk-ms",
+        type=positive_int,
+        default=CHUNK_MS,
+        metavar="N",
+        help="how much speech is recognised at a time: 40, 80, 160, 320, 640 or 1280 ms; "
+        f"shorter is sooner, longer is more accurate and cheaper (default: {CHUNK_MS})",
+    )
+
+
+def add_decoder_option(parser: argparse.ArgumentParser) -> None:
+    """--decoder."""
+    parser.add_argument(
+        "--decoder", choices=["rnnt", "ctc"], help="which head decodes (default: the bundle's)"
+    )
+
+
+def load_recognizer(options: argparse.Namespace) -> Recognizer:
+    """The recogniser that `options` ask for. Raises BundleError, MissingExtra."""
+    return Recognizer.load(options.bundle, threads=options.threads)
+
+
+def open_stream(recognizer: Recognizer, options: argparse.Namespace, sample_rate: int) -> Stream:
+    """A stream for audio of `sample_rate` Hz as `options` ask for. Raises ConfigError."""
+    return recognizer.stream(
+        sample_rate=sample_rate, chunk_ms=options.chunk_ms, decoder=options.decoder
+    )
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number above 0."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return number
+
+
+def non_negative_float(text: str) -> float:
+    """An argparse type: a number, 0 or above."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number, 0 or above")
+    return number

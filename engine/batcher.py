@@ -1,0 +1,301 @@
+"""Where the streams of all sessions meet: one worker thread that runs the recogniser.
+
+    feed() -> inbox -> [worker: Stream.accept, Recognizer.step, Stream.events] -> outbox -> events()
+
+The work goes in rounds. A round takes what has arrived on every lane, advances every stream that is
+ready by one chunk, in one batch, and hands the events back to the event loop. While a round runs,
+audio collects in the inboxes, so the batches grow with the load by themselves and no session waits
+for a timer. Outside a round no stream is touched, inside a round only the worker touches it:
+streams need no locks.
+
+Nothing here can grow without bound. `feed` waits while a lane's inbox or its stream is full; a lane
+whose events nobody fetches is not advanced any further, so that its own client's audio backs up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from loquent.engine.errors import BufferFull
+from loquent.engine.events import Event, Partial
+from loquent.engine.protocol import Pcm, Progress
+from loquent.engine.recognizer import Recognizer
+from loquent.engine.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+# Seconds of audio that may wait in an inbox before `feed` waits (one message may go beyond it).
+HIGH_WATER = 2.0
+# Audio goes into a stream in pieces of this many seconds: any message then fits below its limit.
+PIECE = 0.1
+# Events that may wait for a slow client before its lane pauses; its partials are merged into one.
+MAX_OUTBOX = 64
+# More streams than this go into the next round, so that one round stays short for everybody.
+MAX_BATCH = 32
+
+Update = tuple[Event, Progress]
+
+
+class Lane:
+    """One session's way through the batcher. Every method belongs to the event loop's thread."""
+
+    def __init__(self, batcher: Batcher, stream: Stream, sample_rate: int) -> None:
+        self._batcher = batcher
+        self._stream = stream
+        self._sample_rate = sample_rate
+        self._inbox: deque[Pcm] = deque()
+        self._waiting = 0  # samples in the inbox
+        self._progress = Progress(received=0.0, processed=0.0)
+        self._finishing = False
+        self._finished = False
+        self._outbox: list[Update] = []
+        self._error: Exception | None = None
+        self._room = asyncio.Event()
+        self._news = asyncio.Event()
+
+    async def feed(self, pcm: Pcm) -> None:
+        """Take mono audio of any length, shape (N,); waits while this lane has enough to do.
+
+        Raises whatever made the lane fail.
+        """
+        while self._error is None and self.waiting >= HIGH_WATER:
+            self._room.clear()
+            await self._room.wait()
+        if self._error is not None:
+            raise self._error
+        size = max(1, int(PIECE * self._sample_rate))
+        self._inbox.extend(pcm[at : at + size] for at in range(0, len(pcm), size))
+        self._waiting += len(pcm)
+        self._batcher.wake()
+
+    def finish(self) -> None:
+        """No audio follows; `Ended` comes out once everything is recognised. Idempotent."""
+        self._finishing = True
+        self._batcher.wake()
+
+    async def events(self) -> list[Update]:
+        """Wait for events and take them all, each with how far the stream had come.
+
+        Raises whatever made the lane fail, after the events from before the failure.
+        """
+        while not self._outbox:
+            if self._error is not None:
+                raise self._error
+            self._news.clear()
+            await self._news.wait()
+        updates, self._outbox = self._outbox, []
+        self._batcher.wake()
+        return updates
+
+    @property
+    def waiting(self) -> float:
+        """Seconds of audio in the inbox."""
+        return self._waiting / self._sample_rate
+
+    @property
+    def received(self) -> float:
+        """Seconds of audio in the stream, by the end of the last round."""
+        return self._progress.received
+
+    @property
+    def processed(self) -> float:
+        """Seconds of audio recognised, by the end of the last round."""
+        return self._progress.processed
+
+    def close(self) -> None:
+        """Forget the session; what is not recognised yet never will be. Idempotent."""
+        self._batcher.remove(self)
+
+    @property
+    def _has_work(self) -> bool:
+        if self._error is not None or len(self._outbox) >= MAX_OUTBOX:
+            return False
+        if self._stream.ready:
+            return True
+        if self._inbox:
+            return self._stream.wants_audio
+        return self._finishing and not self._finished
+
+    def _take(self) -> _Job:
+        pieces, self._inbox = self._inbox, deque()
+        return _Job(
+            lane=self,
+            stream=self._stream,
+            pieces=pieces,
+            finish=self._finishing and not self._finished,
+        )
+
+    def _give_back(self, job: _Job) -> None:
+        job.pieces.extend(self._inbox)  # what arrived meanwhile comes after what was left over
+        self._inbox = job.pieces
+        self._waiting -= job.accepted
+        self._finished |= job.finished
+        self._progress = job.progress or self._progress
+        for update in job.updates:
+            self._post(update)
+        if job.error is not None:
+            self._fail(job.error)
+        self._room.set()
+        self._news.set()
+
+    def _post(self, update: Update) -> None:
+        # A partial is the whole state of its segment, so a newer one replaces one not yet sent.
+        event = update[0]
+        last = self._outbox[-1][0] if self._outbox else None
+        if (
+            isinstance(event, Partial)
+            and isinstance(last, Partial)
+            and last.segment == event.segment
+        ):
+            self._outbox[-1] = update
+        else:
+            self._outbox.append(update)
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self._inbox.clear()
+        self._room.set()
+        self._news.set()
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Job:
+    """One lane's share of a round; the worker owns it while the round runs."""
+
+    lane: Lane
+    stream: Stream
+    pieces: deque[Pcm]
+    finish: bool
+    accepted: int = 0  # samples
+    finished: bool = False
+    stepped: bool = False
+    progress: Progress | None = None
+    updates: list[Update] = dataclasses.field(default_factory=list)
+    error: Exception | None = None
+
+    def accept(self) -> None:
+        """Move audio into the stream, as much as it wants."""
+        try:
+            while self.pieces and self.stream.wants_audio:
+                self.stream.accept(self.pieces[0])
+                self.accepted += len(self.pieces.popleft())
+        except BufferFull:
+            pass  # nothing was taken; the piece goes in once a chunk has come out
+        if self.finish and not self.pieces:
+            self.stream.finish()
+            self.finished = True
+
+    def collect(self) -> None:
+        """Take the stream's events."""
+        progress = Progress(received=self.stream.received, processed=self.stream.processed)
+        self.progress = progress
+        self.updates.extend((event, progress) for event in self.stream.events())
+
+
+class Batcher:
+    """Runs a recogniser for many sessions. Use as ``async with Batcher(recognizer) as batcher``."""
+
+    def __init__(self, recognizer: Recognizer, *, max_batch: int = MAX_BATCH) -> None:
+        self._recognizer = recognizer
+        self._max_batch = max_batch
+        self._lanes: dict[Lane, None] = {}  # in the order in which they are served
+        self._wake = asyncio.Event()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="loquent-batcher")
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Batcher:
+        self._task = asyncio.create_task(self._run(), name="loquent-batcher")
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        assert self._task is not None, "entered before it is left"
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        for lane in list(self._lanes):
+            lane._fail(RuntimeError("the batcher was closed"))
+        # A round that runs goes to its end; there is no way to stop the network half-way.
+        await asyncio.to_thread(self._executor.shutdown)
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes that are open."""
+        return list(self._lanes)
+
+    def add(self, stream: Stream, sample_rate: int) -> Lane:
+        """A lane for a new stream of `sample_rate` Hz; from here on nobody else may touch it."""
+        lane = Lane(self, stream, sample_rate)
+        self._lanes[lane] = None
+        return lane
+
+    def remove(self, lane: Lane) -> None:
+        """Forget a lane. Idempotent."""
+        self._lanes.pop(lane, None)
+
+    def wake(self) -> None:
+        """Something has arrived or been fetched: look at the lanes again."""
+        self._wake.set()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                while jobs := [lane._take() for lane in self._lanes if lane._has_work]:
+                    await loop.run_in_executor(self._executor, self._round, jobs)
+                    self._finish_round(jobs)
+            except Exception as exc:
+                # A mistake of ours, not of one session: nobody may be left waiting for ever.
+                logger.exception("the batcher failed")
+                for lane in list(self._lanes):
+                    lane._fail(exc)
+
+    def _finish_round(self, jobs: Iterable[_Job]) -> None:
+        for job in jobs:
+            job.lane._give_back(job)
+            if job.stepped and job.lane in self._lanes:  # whoever was served queues up again
+                self._lanes[job.lane] = self._lanes.pop(job.lane)
+
+    # Everything below runs in the worker thread.
+
+    def _round(self, jobs: list[_Job]) -> None:
+        for job in jobs:
+            self._guard(job, job.accept)
+        ready = [job for job in jobs if job.error is None and job.stream.ready]
+        self._step(ready[: self._max_batch])
+        for job in jobs:
+            if job.error is None:
+                self._guard(job, job.collect)
+
+    def _step(self, jobs: list[_Job]) -> None:
+        if not jobs:
+            return
+        for job in jobs:
+            job.stepped = True
+        try:
+            self._recognizer.step([job.stream for job in jobs])
+        except Exception as exc:
+            logger.exception("a batch of %d streams failed", len(jobs))
+            self._step_one_by_one(jobs, exc)
+
+    def _step_one_by_one(self, jobs: list[_Job], error: Exception) -> None:
+        if len(jobs) == 1:
+            jobs[0].error = error
+            return
+        # One stream must not end the others: only those that fail alone are at fault.
+        for job in jobs:
+            self._guard(job, partial(self._recognizer.step, [job.stream]))
+
+    @staticmethod
+    def _guard(job: _Job, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as exc:
+            logger.info("a session failed: %s", exc)
+            job.error = exc

@@ -1,0 +1,79 @@
+"""What a stream says: a closed union of frozen records that know nothing of JSON or sockets.
+
+All times are seconds of audio from the start of the stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Reason = Literal["endpoint", "limit", "end"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """One word with the time in which its tokens were emitted."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partial:
+    """The text of a segment so far; it replaces the segment's earlier partials.
+
+    Attributes:
+        segment: number of the segment, from 0.
+        start, end: first word's start, last word's end.
+        committed: words that will never change; a prefix of everything that follows in this
+            segment.
+        tentative: the word that is still growing.
+        words: committed words and, last, the tentative one.
+    """
+
+    segment: int
+    start: float
+    end: float
+    committed: str
+    tentative: str
+    words: tuple[Word, ...]
+
+    @property
+    def text(self) -> str:
+        """Committed and tentative text in one."""
+        return " ".join(part for part in (self.committed, self.tentative) if part)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Final:
+    """The settled text of a segment; it starts with the last partial's committed text.
+
+    Attributes:
+        reason: ``endpoint`` (silence), ``limit`` (utterance too long, cut between two words) or
+            ``end`` (of the stream).
+    """
+
+    segment: int
+    start: float
+    end: float
+    text: str
+    words: tuple[Word, ...]
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The last event of every stream that was finished, exactly once.
+
+    Attributes:
+        duration: seconds of audio received.
+        segments: number of finals.
+    """
+
+    duration: float
+    segments: int
+
+
+Event = Partial | Final | Ended

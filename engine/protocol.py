@@ -1,0 +1,366 @@
+"""The wire protocol, version 1, without a socket: messages in, messages out.
+
+One session is one WebSocket at ``/v1/stream``. The client sends ``start`` (text, JSON), then audio
+(binary), then ``end`` (text); the server answers ``ready``, any number of ``partial`` and
+``final``, and ``ended``. Anything that goes wrong is one ``error`` message and then a close code.
+
+    NEW --start--> CONFIGURED --audio--> STREAMING --end--> DRAINING --ended--> CLOSED
+                                         (any live state) --error--> FAILED
+
+The table below is the whole rule: a signal that it does not list for a state is an error. This
+module knows neither sockets nor clocks nor recognisers, so that every rule can be tested with
+plain values; `loquent.engine.server` moves the bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, TypeVar
+from typing import Final as Const
+
+import numpy as np
+import numpy.typing as npt
+
+from loquent.engine.errors import AudioError, ConfigError, ProtocolError
+from loquent.engine.events import Ended, Event, Final, Partial, Word
+
+VERSION: Const = 1
+SUBPROTOCOL: Const = "loquent.v1"
+PATH: Const = "/v1/stream"
+# One second of 48 kHz float32 is 192 kB, so this holds more than five seconds of any input.
+MAX_MESSAGE: Const = 1 << 20
+
+Encoding = Literal["s16le", "f32le"]
+Code = Literal[
+    "bad_json", "bad_type", "bad_config", "bad_audio", "too_big", "busy", "idle", "internal"
+]
+Pcm = npt.NDArray[np.int16] | npt.NDArray[np.float32]
+
+# RFC 6455 section 7.4.1: 1002 protocol error, 1003 unsupported data, 1008 policy, 1009 too big,
+# 1011 the server's own failure.
+CLOSE_CODES: Const[Mapping[Code, int]] = {
+    "bad_json": 1003,
+    "bad_type": 1002,
+    "bad_config": 1008,
+    "bad_audio": 1003,
+    "too_big": 1009,
+    "busy": 1008,
+    "idle": 1008,
+    "internal": 1011,
+}
+_DTYPES: Const[Mapping[str, np.dtype[Any]]] = {
+    "s16le": np.dtype("<i2"),
+    "f32le": np.dtype("<f4"),
+}
+
+
+class State(enum.Enum):
+    """Where a session stands."""
+
+    NEW = "new"
+    CONFIGURED = "configured"
+    STREAMING = "streaming"
+    DRAINING = "draining"
+    CLOSED = "closed"
+    FAILED = "failed"
+
+
+class Signal(enum.Enum):
+    """What can happen to a session. START, AUDIO, END come from the client, the rest from us."""
+
+    START = "start"
+    AUDIO = "audio"
+    END = "end"
+    ENDED = "ended"
+    ERROR = "error"
+    LOST = "lost"
+
+
+_LIVE: Const = {Signal.ERROR: State.FAILED, Signal.LOST: State.CLOSED}
+TRANSITIONS: Const[Mapping[State, Mapping[Signal, State]]] = {
+    State.NEW: {Signal.START: State.CONFIGURED, **_LIVE},
+    State.CONFIGURED: {Signal.AUDIO: State.STREAMING, Signal.END: State.DRAINING, **_LIVE},
+    State.STREAMING: {Signal.AUDIO: State.STREAMING, Signal.END: State.DRAINING, **_LIVE},
+    State.DRAINING: {Signal.ENDED: State.CLOSED, **_LIVE},
+    State.CLOSED: {},
+    State.FAILED: {},
+}
+
+
+class WireError(ProtocolError):
+    """A session that cannot go on: `code` is the wire's, `close_code` the WebSocket's."""
+
+    def __init__(self, code: Code, message: str) -> None:
+        super().__init__(message)
+        self.code: Code = code
+
+    @property
+    def close_code(self) -> int:
+        """The WebSocket close code that belongs to `code`."""
+        return CLOSE_CODES[self.code]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The client's first message. What is left at None is the server's to choose.
+
+    sample_rate is in Hz, chunk_ms and right_context_ms in milliseconds.
+    """
+
+    sample_rate: int
+    encoding: Encoding = "s16le"
+    chunk_ms: float | None = None
+    decoder: str | None = None
+    language: str | None = None
+    right_context_ms: float | None = None
+
+    def encode(self) -> str:
+        """The message as the client sends it."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return json.dumps({"type": "start", **fields})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Audio:
+    """Whole samples, mono, shape (N,); N is 0 when a packet held less than one sample."""
+
+    pcm: Pcm
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """The client has sent all its audio."""
+
+
+END: Const = '{"type": "end"}'
+Command = Start | Audio | End
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The server's answer to `Start`: what it chose. latency_ms is chunk plus right context."""
+
+    session: str
+    bundle: str
+    decoder: str
+    chunk_ms: float
+    latency_ms: float
+    sample_rate: int
+    protocol: int = VERSION
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Seconds of audio that the server has received and processed so far."""
+
+    received: float
+    processed: float
+
+
+class ServerProtocol:
+    """The server's side of one session.
+
+    `receive` turns a message into a command, `ready`, `event` and `error` return the text to send.
+    `languages` are those that a client may ask for (None allows any).
+    """
+
+    def __init__(
+        self, *, languages: Collection[str] | None = None, max_message: int = MAX_MESSAGE
+    ) -> None:
+        self.state = State.NEW
+        self._languages = languages
+        self._max_message = max_message
+        self._dtype = _DTYPES["s16le"]
+        self._carry = b""
+
+    def receive(self, message: str | bytes) -> Command:
+        """The client's next message. Raises WireError; the caller then sends `error`."""
+        size = len(message)
+        if size > self._max_message:
+            raise WireError(
+                "too_big",
+                f"got a message of {size} bytes, expected at most {self._max_message}: "
+                "send the audio in smaller packets (20 to 200 ms each)",
+            )
+        if isinstance(message, bytes):
+            self._signal(Signal.AUDIO)
+            return Audio(pcm=self._samples(message))
+        fields = _json_object(message)
+        match fields.pop("type", None):
+            case "start":
+                self._signal(Signal.START)
+                start = _parse_start(fields, self._languages)
+                self._dtype = _DTYPES[start.encoding]
+                return start
+            case "end":
+                self._signal(Signal.END)
+                return End()
+            case other:
+                raise WireError(
+                    "bad_type",
+                    f'got a message of type {other!r}, expected "start" or "end" '
+                    "(audio goes in binary messages)",
+                )
+
+    def ready(self, ready: Ready) -> str:
+        """The answer to a `Start`."""
+        return json.dumps({"type": "ready", **dataclasses.asdict(ready)})
+
+    def event(self, event: Event, progress: Progress) -> str:
+        """One event of the recogniser as a message. `Ended` closes the session."""
+        if isinstance(event, Ended):
+            self._signal(Signal.ENDED)
+        return encode_event(event, progress)
+
+    def end(self) -> None:
+        """The server ends the session itself (shutdown, idle), as though the client had."""
+        if self.state in (State.CONFIGURED, State.STREAMING):
+            self._signal(Signal.END)
+
+    def error(self, error: Exception) -> tuple[str, int]:
+        """The message and the WebSocket close code for a failure; the session is then FAILED.
+
+        Mistakes of the client are told in full; anything else only as "internal", because a
+        stranger's browser has no business with our tracebacks.
+        """
+        known = as_wire_error(error)
+        if Signal.ERROR in TRANSITIONS[self.state]:
+            self._signal(Signal.ERROR)
+        text = json.dumps({"type": "error", "code": known.code, "message": str(known)})
+        return text, known.close_code
+
+    def lost(self) -> None:
+        """The client is gone."""
+        if Signal.LOST in TRANSITIONS[self.state]:
+            self._signal(Signal.LOST)
+
+    def _signal(self, signal: Signal) -> None:
+        allowed = TRANSITIONS[self.state]
+        if signal not in allowed:
+            from_client = [s.value for s in allowed if s in _FROM_CLIENT]
+            raise WireError(
+                "bad_type",
+                f"got {signal.value} while the session is {self.state.value}, expected "
+                + (" or ".join(from_client) or "nothing more from the client"),
+            )
+        self.state = allowed[signal]
+
+    def _samples(self, message: bytes) -> Pcm:
+        # A packet may end inside a sample: what is left over is the head of the next packet. The
+        # one to three bytes that may remain at the end are no sample and are not heard.
+        data = self._carry + message if self._carry else message
+        whole = len(data) - len(data) % self._dtype.itemsize
+        self._carry = data[whole:]
+        pcm = np.frombuffer(data, self._dtype, whole // self._dtype.itemsize)
+        return pcm.astype(self._dtype.newbyteorder("="), copy=False)
+
+
+_FROM_CLIENT: Const = (Signal.START, Signal.AUDIO, Signal.END)
+
+
+def as_wire_error(error: Exception) -> WireError:
+    """Any failure as the one that the client is told."""
+    if isinstance(error, WireError):
+        return error
+    if isinstance(error, ConfigError):
+        return WireError("bad_config", str(error))
+    if isinstance(error, AudioError):
+        return WireError("bad_audio", str(error))
+    return WireError(
+        "internal", "the server failed on this session; its log says why. Please connect again"
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise WireError(
+            "bad_json", f'got {text[:80]!r}, expected JSON such as {{"type": "start", ...}} ({exc})'
+        ) from exc
+    if not isinstance(fields, dict):
+        raise WireError("bad_json", f"got JSON of type {type(fields).__name__}, expected an object")
+    return fields
+
+
+_KINDS: Const[Mapping[str, tuple[str, tuple[type, ...]]]] = {
+    "sample_rate": ("a whole number (Hz)", (int,)),
+    "encoding": ("a string", (str,)),
+    "chunk_ms": ("a number (milliseconds)", (int, float)),
+    "decoder": ("a string", (str,)),
+    "language": ("a string", (str,)),
+    "right_context_ms": ("a number (milliseconds)", (int, float)),
+}
+
+
+def _parse_start(fields: dict[str, Any], languages: Collection[str] | None) -> Start:
+    if unknown := sorted(fields.keys() - _KINDS.keys()):
+        raise WireError(
+            "bad_config",
+            f"got unknown field {unknown[0]!r} in start, expected among {', '.join(_KINDS)}",
+        )
+    if "sample_rate" not in fields:
+        raise WireError(
+            "bad_config", 'start needs "sample_rate": the rate of the audio in Hz, 8000 to 48000'
+        )
+    for name, value in fields.items():
+        expected, kinds = _KINDS[name]
+        # bool is an int in Python, but `true` is no number on the wire.
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise WireError("bad_config", f"got {name} = {value!r}, expected {expected}")
+    start = Start(**fields)
+    if start.encoding not in _DTYPES:
+        raise WireError(
+            "bad_config",
+            f"got encoding {start.encoding!r}, expected {' or '.join(_DTYPES)} (mono)",
+        )
+    if languages is not None and start.language is not None and start.language not in languages:
+        raise WireError(
+            "bad_config",
+            f"got language {start.language!r}, this server has {', '.join(sorted(languages))}",
+        )
+    return start
+
+
+def encode_event(event: Event, progress: Progress) -> str:
+    """An event as the server sends it."""
+    fields = dataclasses.asdict(event)
+    if isinstance(event, Ended):
+        return json.dumps({"type": "ended", **fields})
+    kind = "partial" if isinstance(event, Partial) else "final"
+    return json.dumps({"type": kind, **fields, **dataclasses.asdict(progress)})
+
+
+def decode_message(text: str) -> tuple[Ready | Event, Progress | None]:
+    """A server's message, for clients. Raises WireError for an `error` and for anything unknown."""
+    fields = _json_object(text)
+    kind = fields.pop("type", None)
+    if kind == "error":
+        known = [code for code in CLOSE_CODES if code == fields.get("code")]
+        raise WireError(known[0] if known else "internal", str(fields.get("message")))
+    try:
+        if kind == "ready":
+            return _build(Ready, fields), None
+        if kind == "ended":
+            return _build(Ended, fields), None
+        if kind in ("partial", "final"):
+            fields["words"] = tuple(_build(Word, word) for word in fields["words"])
+            progress = _build(Progress, fields)
+            if kind == "partial":
+                return _build(Partial, fields), progress
+            return _build(Final, fields), progress
+    except (TypeError, KeyError) as exc:
+        raise WireError("bad_type", f"got a {kind!r} message that does not fit: {exc}") from exc
+    raise WireError("bad_type", f"got a message of unknown type {kind!r} from the server")
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], fields: Mapping[str, Any]) -> T:
+    # A field that a later server adds is left out, so that this client goes on working with it.
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in fields.items() if name in names})

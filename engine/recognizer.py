@@ -1,0 +1,200 @@
+"""The shared, immutable half of recognition: the models, and the step that runs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loquent.engine.bundle import Bundle
+from loquent.engine.decode import Frame, Token
+from loquent.engine.decode.rnnt import RnntGreedy, RnntState
+from loquent.engine.encoder import OUTPUT, OnnxEncoder
+from loquent.engine.endpoint import EndpointRules
+from loquent.engine.errors import ConfigError
+from loquent.engine.events import Final
+from loquent.engine.predictor import OnnxPredictor
+from loquent.engine.session import Slot, stack, unstack
+from loquent.engine.stream import Stream, as_float32
+
+Float32 = NDArray[np.float32]
+
+DEFAULT_CHUNK_MS = 320.0
+DEFAULT_ENDPOINT = EndpointRules()
+
+
+class Recognizer:
+    """A loaded bundle. Streams share it; ``step`` is to be called by one thread at a time.
+
+    Args:
+        bundle: the checked manifest.
+        threads: of ONNX Runtime within one call; see ``session.Graph``.
+
+    Raises:
+        BundleError: a graph does not fit the manifest.
+        MissingExtra: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
+        if threads < 1:
+            raise ConfigError(f"got threads {threads}, expected 1 or more")
+        self.bundle = bundle
+        self._encoder = OnnxEncoder(bundle, threads=threads)
+        self._start = Slot(self._encoder.initial, 0, 1)
+        self._rnnt = (
+            RnntGreedy(OnnxPredictor(bundle, bundle.rnnt, threads=threads), blank=bundle.blank)
+            if bundle.rnnt
+            else None
+        )
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str] = "en", *, threads: int = 1) -> Recognizer:
+        """Load a bundle: a folder, a tar file, or the name of one that came with Loquent.
+
+        Raises:
+            BundleError: it is missing, damaged or made for another engine.
+            MissingExtra: ONNX Runtime is not installed.
+        """
+        return cls(Bundle.load(source), threads=threads)
+
+    def stream(
+        self,
+        *,
+        sample_rate: int = 16000,
+        chunk_ms: float = DEFAULT_CHUNK_MS,
+        decoder: str | None = None,
+        right_context_ms: float | None = None,
+        endpoint: EndpointRules | None = DEFAULT_ENDPOINT,
+    ) -> Stream:
+        """A new stream.
+
+        Args:
+            sample_rate: Hz of the audio to come, 8000 to 48000.
+            chunk_ms: audio per step, one of ``bundle.chunks_ms``: shorter is faster, longer better.
+            decoder: ``rnnt`` or ``ctc``, the bundle's default if None.
+            right_context_ms: one of ``bundle.right_contexts_ms``, the bundle's default if None.
+            endpoint: when segments end, None for one segment however long.
+
+        Raises:
+            ConfigError: a value that the bundle does not allow.
+        """
+        bundle = self.bundle
+        decoder = bundle.default_decoder if decoder is None else decoder
+        if decoder not in bundle.decoders:
+            raise ConfigError(
+                f"got decoder {decoder!r}, expected one of {', '.join(bundle.decoders)} for this "
+                "model"
+            )
+        return Stream(
+            bundle,
+            sample_rate=sample_rate,
+            segment=bundle.segment_for(chunk_ms),
+            right_context=bundle.right_context_for(right_context_ms),
+            decoder=decoder,
+            endpoint=endpoint,
+            encoder_state=self._start,
+            rnnt=self._rnnt.start if self._rnnt and decoder == "rnnt" else None,
+        )
+
+    def step(self, streams: Iterable[Stream]) -> None:
+        """Advance every stream that is ready by one chunk; their events then wait in them.
+
+        Streams of the same chunk size and right context go through the network together, whatever
+        their age, length and decoder. The result for each is the same as alone.
+        """
+        groups: dict[tuple[int, int], list[tuple[Stream, Float32]]] = {}
+        for stream in dict.fromkeys(streams):
+            if not stream.ready:
+                continue
+            window = stream.window()
+            if window is None:
+                stream.end()
+            else:
+                key = (stream.segment, stream.right_context)
+                groups.setdefault(key, []).append((stream, window))
+        for (_, right_context), members in groups.items():
+            # In the order of their last batch, so that its state can be used as it lies there.
+            members.sort(key=lambda m: (id(m[0].encoder_state.batch), m[0].encoder_state.row))
+            self._advance([m[0] for m in members], [m[1] for m in members], right_context)
+
+    def transcribe(
+        self,
+        pcm: NDArray[Any],
+        sample_rate: int = 16000,
+        *,
+        chunk_ms: float = DEFAULT_CHUNK_MS,
+        decoder: str | None = None,
+        endpoint: EndpointRules | None = DEFAULT_ENDPOINT,
+    ) -> list[Final]:
+        """The finals of audio that is already there: (N,) mono, floating point or int16.
+
+        Raises:
+            AudioError: not audio; see ``Stream.accept``.
+            ConfigError: see ``stream``.
+        """
+        samples = as_float32(pcm)
+        stream = self.stream(
+            sample_rate=sample_rate, chunk_ms=chunk_ms, decoder=decoder, endpoint=endpoint
+        )
+        for start in range(0, len(samples), sample_rate):
+            stream.accept(samples[start : start + sample_rate])
+            while stream.ready:
+                self.step([stream])
+        stream.finish()
+        while stream.ready:
+            self.step([stream])
+        return [event for event in stream.events() if isinstance(event, Final)]
+
+    def _advance(
+        self, streams: Sequence[Stream], windows: Sequence[Float32], right_context: int
+    ) -> None:
+        batch = windows[0][None] if len(windows) == 1 else np.stack(windows)
+        state = stack([stream.encoder_state for stream in streams])
+        heads = sorted({OUTPUT[stream.decoder] for stream in streams})
+        frames, state = self._encoder.step(batch, right_context, state, heads)
+        rnnt = [i for i, stream in enumerate(streams) if stream.decoder == "rnnt"]
+        decoded: list[list[Frame]] = []
+        carried: list[RnntState] = []
+        if rnnt and self._rnnt:
+            # A single stream's frames, and those of streams that all use RNN-T, are not copied.
+            joiner = frames[OUTPUT["rnnt"]]
+            enc = joiner if len(rnnt) == len(streams) else joiner[rnnt]
+            decoded, carried = _decode_rnnt(self._rnnt, [streams[i] for i in rnnt], enc)
+        # No network runs from here on: a step that fails has changed no stream and may be repeated.
+        for i, said, after in zip(rnnt, decoded, carried, strict=True):
+            streams[i].rnnt = after
+            streams[i].transcript.accept(said)
+        for i, stream in enumerate(streams):
+            if stream.decoder == "ctc":
+                span = stream.frames()
+                log_probs = frames[OUTPUT["ctc"]][i, : len(span)]
+                stream.transcript.accept(stream.ctc.accept(log_probs, span.start))
+        for stream, slot in zip(streams, unstack(state, len(streams)), strict=True):
+            stream.encoder_state = slot
+            stream.advance()
+
+
+def _decode_rnnt(
+    greedy: RnntGreedy, streams: Sequence[Stream], enc: Float32
+) -> tuple[list[list[Frame]], list[RnntState]]:
+    """What (B, K, J) encoder frames, right context included, say, and what B streams carry on."""
+    ranges = [stream.frames() for stream in streams]
+    batch = greedy.begin([stream.rnnt for stream in streams if stream.rnnt])
+    # The predictor starts anew in the middle of a chunk if a silence ends there.
+    endpointers = [stream.transcript.endpointer() for stream in streams]
+    decoded: list[list[Frame]] = [[] for _ in streams]
+    for k in range(max(map(len, ranges))):
+        rows = [i for i, frames in enumerate(ranges) if k < len(frames)]
+        found = batch.frame(enc[:, k] if len(rows) == len(streams) else enc[rows, k], rows)
+        for row, tokens in zip(rows, found, strict=True):
+            index = ranges[row][k]
+            said = tuple(Token(token, index, score) for token, score in tokens)
+            frame = Frame(index, said, bool(said))
+            decoded[row].append(frame)
+            if endpointers[row].accept(frame) == "endpoint":
+                endpointers[row].restart(None)
+                batch.reset(row)
+    return decoded, batch.states()

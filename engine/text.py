@@ -1,0 +1,103 @@
+"""Tokens to words.
+
+Pieces follow sentencepiece: ``▁`` starts a word, ``<0xE4>`` is a byte of a character that has no
+piece of its own. With greedy decoding a token never changes once it is out, so every word is
+settled as soon as the next one starts, and only the last one may still grow.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from loquent.engine.decode import Token
+from loquent.engine.events import Word
+
+WORD_START = "▁"
+_BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
+
+
+def join_pieces(pieces: Sequence[str]) -> str:
+    """The text of pieces: put together first, spaces made of it once, edges stripped once."""
+    text = "".join(pieces)
+    if "<0x" in text:
+        text = _BYTES.sub(_decode_bytes, text)
+    return text.replace(WORD_START, " ").strip()
+
+
+def _decode_bytes(match: re.Match[str]) -> str:
+    return bytes.fromhex(match[0].replace("<0x", "").replace(">", "")).decode(errors="replace")
+
+
+class Hypothesis:
+    """The words of one segment: settled ones, and the last, which may still grow.
+
+    Args:
+        pieces: the bundle's tokens by id.
+        frame_seconds: from one encoder frame to the next.
+    """
+
+    def __init__(self, pieces: Sequence[str], frame_seconds: float) -> None:
+        self._pieces = pieces
+        self._frame_seconds = frame_seconds
+        self._settled: list[Word] = []
+        self._growing: list[Token] = []
+        self.committed = ""
+
+    def add(self, token: Token, limit: float) -> None:
+        """Append a token; no time goes beyond ``limit`` seconds."""
+        if self._growing and self._pieces[token.id].startswith(WORD_START):
+            self._settle(limit)
+        self._growing.append(token)
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a word that will not change any more."""
+        return bool(self._settled)
+
+    @property
+    def growing_since(self) -> int | None:
+        """Frame of the first token of the last word, None if there is none."""
+        return self._growing[0].frame if self._growing else None
+
+    @property
+    def tentative(self) -> str:
+        """The growing word's text so far."""
+        return join_pieces([self._pieces[token.id] for token in self._growing])
+
+    def words(self, limit: float) -> tuple[Word, ...]:
+        """All words, the growing one last."""
+        last = self._last(limit)
+        return (*self._settled, last) if last else tuple(self._settled)
+
+    def cut(self) -> tuple[Word, ...]:
+        """Take the settled words away; the growing one stays."""
+        words = tuple(self._settled)
+        self._settled.clear()
+        self.committed = ""
+        return words
+
+    def finish(self, limit: float) -> tuple[Word, ...]:
+        """Take all words away; the last will not grow any more."""
+        words = self.words(limit)
+        self._growing.clear()
+        self.cut()
+        return words
+
+    def _settle(self, limit: float) -> None:
+        if word := self._last(limit):
+            self._settled.append(word)
+            self.committed = f"{self.committed} {word.text}".lstrip()
+        self._growing.clear()
+
+    def _last(self, limit: float) -> Word | None:
+        text = self.tentative
+        if not text:
+            return None  # nothing yet, or a lone word start
+        first, last = self._growing[0].frame, self._growing[-1].frame
+        return Word(
+            text=text, start=self._seconds(first, limit), end=self._seconds(last + 1, limit)
+        )
+
+    def _seconds(self, frame: int, limit: float) -> float:
+        return min(round(frame * self._frame_seconds, 3), limit)

@@ -1,0 +1,205 @@
+"""``loquent export``: a checkpoint becomes a bundle, checked against torch on the way."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from loquent.engine.bundle import Bundle
+from loquent.engine.errors import LoquentError
+from loquent.engine.features import whisper_spec
+from loquent.engine.fields import MANIFEST
+from loquent.engine.recognizer import Recognizer
+from loquent.export.bundle import BundleSpec, update_manifest, write_bundle, write_int8
+from loquent.export.evaluate import Result, evaluate
+from loquent.export.parity import compare
+from loquent.models.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+)
+from loquent.models.data import DataError, Utterance, read_manifest
+from loquent.models.student import Student
+
+# Float graph and torch model differ by the order of sums alone.
+PARITY_TOLERANCE = 1e-3
+# Absolute WER that int8 may cost before it is refused.
+INT8_MAX_LOSS = 0.01
+
+
+class ExportRefused(ValueError):  # noqa: N818
+    """The export would ship something worse than promised."""
+
+
+def check_parity(student: Student, bundle: Bundle, tolerance: float | None) -> None:
+    """Print the parity table.
+
+    Args:
+        tolerance: largest difference allowed, None to report only (int8 differs by design).
+
+    Raises:
+        ExportRefused: a difference is larger.
+    """
+    print(f"torch against ONNX ({bundle.precision}), largest difference over carried state:")
+    print("| batch | segment | right ctx | steps | ctc | joiner | state | labels that differ |")
+    print("|---|---|---|---|---|---|---|---|")
+    worst = 0.0
+    for row in compare(student, bundle):
+        print(
+            f"| {row.batch} | {row.segment} | {row.right_context} | {row.steps} | {row.ctc:.1e} | "
+            f"{row.joiner:.1e} | {row.state:.1e} | {row.flips} of {row.frames} |"
+        )
+        worst = float(np.max([worst, row.ctc, row.joiner, row.state]))  # NaN stays NaN
+    if tolerance is not None and not worst <= tolerance:
+        raise ExportRefused(
+            f"the graph differs from the torch model by {worst:.2e}, expected at most "
+            f"{tolerance:.0e}; nothing was written"
+        )
+
+
+def check_int8(
+    single: Path, quantised: Path, utterances: Sequence[Utterance], limit: float
+) -> list[Result]:
+    """Score both bundles on ``utterances`` at the default chunk with every decoder.
+
+    Raises:
+        ExportRefused: int8 loses more than ``limit`` WER (absolute) with some decoder.
+    """
+    results: list[Result] = []
+    for decoder in Bundle.load(single).decoders:
+        pair = []
+        for path in (single, quantised):
+            recognizer = Recognizer.load(path)
+            chunk_ms = recognizer.bundle.milliseconds(recognizer.bundle.encoder.segment)
+            pair.append(evaluate(recognizer, utterances, decoder=decoder, chunk_ms=chunk_ms))
+        before, after = (r.total.wer for r in pair)
+        print(
+            f"{decoder}: WER fp32 {100 * before:.2f} %, int8 {100 * after:.2f} % "
+            f"({100 * (after - before):+.2f} points, allowed +{100 * limit:.2f})"
+        )
+        if after - before > limit:
+            raise ExportRefused(
+                f"int8 costs {100 * (after - before):.2f} points of WER with {decoder}, allowed "
+                f"are {100 * limit:.2f}; ship fp32 (leave out --int8) or allow more with "
+                "--int8-max-loss"
+            )
+        results += pair
+    return results
+
+
+def _spec(checkpoint: Checkpoint, args: argparse.Namespace) -> BundleSpec:
+    features = whisper_spec()
+    if checkpoint.state.get("features") != features.to_dict():
+        raise CheckpointError(
+            f"{args.checkpoint}: trained on the features {checkpoint.state.get('features')}, but "
+            f"Whisper's, {features.to_dict()}, would be written into the bundle"
+        )
+    return BundleSpec(
+        name=args.name,
+        version=args.bundle_version,
+        features=features,
+        pieces=checkpoint.tokenizer.pieces(),
+        spm=checkpoint.tokenizer.model,
+        licence=args.licence,
+        languages={args.language: "default"},
+        default_decoder=args.decoder or ("rnnt" if checkpoint.student.config.joiner_dim else "ctc"),
+        training={
+            key: checkpoint.state[key]
+            for key in ("origin", "progress", "training")
+            if key in checkpoint.state
+        },
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    checkpoint = load_checkpoint(args.checkpoint)
+    utterances = read_manifest(args.dev) if args.dev else []
+    if args.int8 and not utterances:
+        raise DataError("--int8 needs --dev MANIFEST to measure what quantisation costs")
+    with tempfile.TemporaryDirectory() as scratch:
+        single = Path(scratch) / "fp32"
+        bundle = write_bundle(checkpoint.student, _spec(checkpoint, args), single)
+        check_parity(checkpoint.student, bundle, PARITY_TOLERANCE)
+        chosen = single
+        if args.int8:
+            chosen = Path(scratch) / "int8"
+            check_parity(checkpoint.student, write_int8(single, chosen), None)
+            results = check_int8(single, chosen, utterances, args.int8_max_loss)
+            scores = [
+                {
+                    "precision": r.precision,
+                    "decoder": r.decoder,
+                    "chunk_ms": r.chunk_ms,
+                    "set": args.dev.name,
+                    "wer": {name: round(s.wer, 4) for name, s in sorted(r.scores.items())},
+                    "cer": {name: round(s.cer, 4) for name, s in sorted(r.scores.items())},
+                }
+                for r in results
+            ]
+            update_manifest(chosen, scores=scores)
+        args.output.mkdir(parents=True, exist_ok=True)
+        for old in args.output.iterdir():
+            if old.is_file():
+                old.unlink()
+        for file in sorted(chosen.iterdir()):
+            (args.output / file.name).write_bytes(file.read_bytes())
+    if args.weights:
+        half = {n: t.half() for n, t in checkpoint.student.state_dict().items()}
+        config, tokenizer = checkpoint.student.config, checkpoint.tokenizer
+        save_checkpoint(args.weights, config, tokenizer, half, checkpoint.state)
+    written = Bundle.load(args.output)
+    size = sum(f.stat().st_size for f in args.output.iterdir())
+    print(f"{args.output}: {written.name} {written.precision}, {size / 1e6:.1f} MB")
+
+
+def _is_free(output: Path, mark: str) -> bool:
+    """Whether to write there: there is nothing, an empty folder, or one with the file ``mark``."""
+    if not output.exists() or (output / mark).is_file():
+        return True
+    return output.is_dir() and not any(output.iterdir())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="loquent export", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="folder, for example RUN/best")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument("--name", default="en", help="name of the bundle")
+    parser.add_argument("--bundle-version", default="0.1.0")
+    parser.add_argument("--language", default="en")
+    parser.add_argument("--licence", default="unknown", help="licence of the weights, in words")
+    parser.add_argument("--decoder", choices=("rnnt", "ctc"), help="default decoder of the bundle")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="also write a half-precision checkpoint here, to fine-tune from",
+    )
+    parser.add_argument("--int8", action="store_true", help="quantise the encoder's weights")
+    parser.add_argument("--dev", type=Path, help="JSONL manifest for the int8 gate")
+    parser.add_argument(
+        "--int8-max-loss",
+        type=float,
+        default=INT8_MAX_LOSS,
+        help="absolute WER that int8 may cost (default %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    if not _is_free(args.output, MANIFEST):
+        parser.exit(1, f"loquent export: {args.output} exists and is no bundle; choose another\n")
+    if args.weights and not _is_free(args.weights, "config.json"):
+        parser.exit(
+            1, f"loquent export: {args.weights} exists and is no checkpoint; choose another\n"
+        )
+    torch.manual_seed(0)
+    try:
+        _export(args)
+    except (CheckpointError, DataError, ExportRefused, LoquentError) as error:
+        print(f"loquent export: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,158 @@
+"""ONNX graphs of a student: encoder, predictor, joiner.
+
+Batch and window length are dynamic in one graph, so one bundle serves every chunk size. States are
+named inputs ``state.<name>`` with outputs ``next.<name>``, batch first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from loquent.models.student import Student
+
+OPSET = 20
+
+
+class _EncoderGraph(nn.Module):
+    """Window and states in; CTC log-probabilities, joiner projection and next states out."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+        self.names = list(student.encoder.state_shapes())
+
+    def forward(self, window: Tensor, right_context: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        encoded, following = self.student.encoder.step(
+            window, right_context, dict(zip(self.names, states, strict=True))
+        )
+        heads = []
+        if self.student.ctc is not None:
+            heads.append(self.student.ctc_log_probs(encoded))
+        if self.student.config.joiner_dim:
+            heads.append(self.student.encoder_projection(encoded))
+        return (*heads, *(following[name] for name in self.names))
+
+
+class _PredictorGraph(nn.Module):
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.predictor = student.predictor
+        self.names = list(student.predictor.state_shapes())
+
+    def forward(self, token: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        out, following = self.predictor.step(token, dict(zip(self.names, states, strict=True)))
+        return (out, *(following[name] for name in self.names))
+
+
+def _export(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    inputs: list[str],
+    outputs: list[str],
+    axes: tuple[object, ...],
+    path: Path,
+) -> None:
+    """One graph, checked, with its weights inside the file.
+
+    ``axes`` names the dynamic axes of each argument; those of the states form one tuple.
+    """
+    # The exporter reports its passes on stdout and through the root logger.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        torch.no_grad(),
+    ):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            example,
+            dynamo=True,
+            input_names=inputs,
+            output_names=outputs,
+            dynamic_shapes=axes,
+            opset_version=OPSET,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(str(path), external_data=False)
+    onnx.checker.check_model(str(path))
+
+
+class _JoinerGraph(nn.Module):
+    """The joiner, whose inputs are no states."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.joiner = student.joiner
+
+    def forward(self, enc: Tensor, pred: Tensor) -> Tensor:
+        out: Tensor = self.joiner(enc, pred)
+        return out
+
+
+def export_encoder(student: Student, path: Path) -> None:
+    """Write the encoder graph; its inputs and outputs are those of the bundle's manifest."""
+    encoder = student.encoder
+    config = encoder.config
+    batch, time = Dim("batch", min=1), Dim("time", min=2)
+    window = torch.zeros(2, 3 * config.subsampling + config.lookahead, config.frontend.features)
+    state = encoder.initial_state(2)
+    names = list(state)
+    heads = ["ctc"] if student.ctc is not None else []
+    heads += ["joiner"] if student.config.joiner_dim else []
+    _export(
+        _EncoderGraph(student),
+        (window, torch.tensor(config.subsampling), *state.values()),
+        ["window", "right_context", *(f"state.{n}" for n in names)],
+        [*heads, *(f"next.{n}" for n in names)],
+        ({0: batch, 1: time}, {}, tuple({0: batch} for _ in names)),
+        path,
+    )
+
+
+def export_predictor(student: Student, path: Path) -> None:
+    """Write the predictor graph: ``token`` (B,) and states to ``pred`` (B, J) and states."""
+    batch = Dim("batch", min=1)
+    shapes = student.predictor.state_shapes()
+    states = [torch.zeros((2, *shape), dtype=dtype) for shape, dtype in shapes.values()]
+    _export(
+        _PredictorGraph(student),
+        (torch.zeros(2, dtype=torch.int64), *states),
+        ["token", *(f"state.{n}" for n in shapes)],
+        ["pred", *(f"next.{n}" for n in shapes)],
+        ({0: batch}, tuple({0: batch} for _ in shapes)),
+        path,
+    )
+
+
+def export_joiner(student: Student, path: Path) -> None:
+    """Write the joiner graph: ``enc`` and ``pred`` (B, J) to ``logits`` (B, V)."""
+    batch = Dim("batch", min=1)
+    width = student.config.joiner_dim
+    example = (torch.zeros(2, width), torch.zeros(2, width))
+    _export(
+        _JoinerGraph(student),
+        example,
+        ["enc", "pred"],
+        ["logits"],
+        ({0: batch}, {0: batch}),
+        path,
+    )
+
+
+def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Store ``metadata`` in the graph's ``metadata_props``."""
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.save(model, str(path))

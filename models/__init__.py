@@ -1,0 +1,1 @@
+"""Torch models and their training: the Emformer student, its teacher's weights, data and loops."""

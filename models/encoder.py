@@ -1,0 +1,171 @@
+"""The streaming encoder: front end, Emformer, and what stands behind it.
+
+``forward`` (masked, whole utterances) and ``step`` (one window, carried state) compute the same
+function. All lengths of the public methods are in FEATURE frames, as in the bundle's manifest.
+
+Shape suffixes: B streams, T feature frames, F features, N output frames, E output width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loquent.models.emformer import Emformer, EmformerConfig, State
+from loquent.models.frontend import FrontendConfig, make_frontend
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Shape of the encoder.
+
+    Attributes:
+        frontend, emformer: of the parts; their ``dim`` must agree.
+        pool: this many encoder frames are averaged into one output frame (Whisper: 2, for 25
+            output frames a second).
+        final_norm: layer norm behind the last layer (Whisper's ``ln_post``).
+        output_dim: width of a last linear layer with layer norm (torchaudio's), 0: none.
+    """
+
+    frontend: FrontendConfig
+    emformer: EmformerConfig
+    pool: int = 1
+    final_norm: bool = False
+    output_dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.frontend.dim != self.emformer.dim:
+            raise ValueError(
+                f"front end gives width {self.frontend.dim}, layers take {self.emformer.dim}"
+            )
+
+    @property
+    def subsampling(self) -> int:
+        """Feature frames per output frame."""
+        return self.frontend.subsampling * self.pool
+
+    @property
+    def lookahead(self) -> int:
+        """Feature frames needed behind segment and right context."""
+        return self.frontend.lookahead
+
+    @property
+    def width(self) -> int:
+        """Width of an output frame, E."""
+        return self.output_dim or self.emformer.dim
+
+
+class Encoder(nn.Module):
+    """Features in, output frames out."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.frontend = make_frontend(config.frontend)
+        self.emformer = Emformer(config.emformer)
+        dim = config.emformer.dim
+        self.final_norm = nn.LayerNorm(dim) if config.final_norm else nn.Identity()
+        self.output = (
+            nn.Sequential(nn.Linear(dim, config.output_dim), nn.LayerNorm(config.output_dim))
+            if config.output_dim
+            else nn.Identity()
+        )
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape without the batch axis. ``processed_frames`` is int64, the rest float32."""
+        front = {f"frontend.{n}": s for n, s in self.frontend.state_shapes().items()}
+        return front | self.emformer.state_shapes() | {"processed_frames": ()}
+
+    def initial_state(self, batch: int) -> State:
+        """The state of ``batch`` new streams: zeros."""
+        reference = next(self.parameters())
+        return {
+            name: torch.zeros(
+                (batch, *shape),
+                device=reference.device,
+                dtype=torch.int64 if name == "processed_frames" else reference.dtype,
+            )
+            for name, shape in self.state_shapes().items()
+        }
+
+    def _check(self, name: str, value: int, least: int) -> None:
+        if value < least or value % self.config.subsampling:
+            raise ValueError(
+                f"got {name} of {value} feature frames, expected a multiple of "
+                f"{self.config.subsampling}, at least {least}"
+            )
+
+    def _tail(self, x: Tensor) -> Tensor:
+        x = self.final_norm(x)
+        if self.config.pool > 1:
+            x = x.unflatten(1, (-1, self.config.pool)).mean(2)  # type: ignore[no-untyped-call]
+        result: Tensor = self.output(x)
+        return result
+
+    def forward(
+        self,
+        x_BTF: Tensor,
+        lengths_B: Tensor,
+        segment: int,
+        right_context: int,
+        start_B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Masked pass over whole utterances.
+
+        Args:
+            x_BTF: (B, T + right_context + lookahead, F); T a multiple of the subsampling. What
+                stands behind an utterance (silence features in practice) serves as its context.
+            lengths_B: valid feature frames of each utterance, at most T.
+            segment: S in feature frames.
+            right_context: R in feature frames.
+            start_B: (B,) encoder frames that the positions start from (drawn at random in
+                training, so that a stream may go on for ever); zeros by default.
+
+        Returns:
+            (B, T // subsampling, E) and the valid output frames of each utterance, rounded up.
+        """
+        c = self.config
+        self._check("segment", segment, c.subsampling)
+        self._check("right_context", right_context, 0)
+        whole = x_BTF.shape[1] - right_context - c.lookahead
+        self._check("utterance", whole, c.subsampling)
+        segment = min(segment, whole)
+        factor = c.frontend.subsampling
+        batch = len(x_BTF)
+        zeros = {n: x_BTF.new_zeros((batch, *s)) for n, s in self.frontend.state_shapes().items()}
+        if start_B is None:
+            start_B = torch.zeros(batch, dtype=torch.int64, device=x_BTF.device)
+        frames, _ = self.frontend.step(x_BTF, zeros, start_B, segment)
+        lengths = torch.div(lengths_B + factor - 1, factor, rounding_mode="floor")
+        out = self.emformer(frames, lengths, segment // factor, right_context // factor)
+        pool = c.pool
+        return self._tail(out), torch.div(lengths + pool - 1, pool, rounding_mode="floor")
+
+    def step(self, window_BTF: Tensor, right_context: Tensor, state: State) -> tuple[Tensor, State]:
+        """One window of a batch of streams, each of any age.
+
+        Args:
+            window_BTF: (B, S + R + lookahead, F).
+            right_context: () int64, R in feature frames.
+            state: as :meth:`initial_state`.
+
+        Returns:
+            (B, (S + R) // subsampling, E), of which the first S // subsampling frames are output
+            (the rest are the right context's and will be computed again), and the next state.
+        """
+        c = self.config
+        factor = c.frontend.subsampling
+        processed = state["processed_frames"]
+        right = torch.div(right_context, factor, rounding_mode="floor")
+        segment = window_BTF.shape[1] - c.lookahead - right_context
+        front = {n: state[f"frontend.{n}"] for n in self.frontend.state_shapes()}
+        frames, front = self.frontend.step(window_BTF, front, processed, segment)
+        layers = {n: t for n, t in state.items() if n.startswith("layer")}
+        out, following = self.emformer.step(frames, layers, processed, right)
+        following |= {f"frontend.{n}": t for n, t in front.items()}
+        following["processed_frames"] = processed + torch.div(
+            segment, factor, rounding_mode="floor"
+        )
+        return self._tail(out), {name: following[name] for name in self.state_shapes()}

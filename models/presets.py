@@ -1,0 +1,77 @@
+"""Named shapes. A preset is a function, so that it can be searched for and type-checked."""
+
+from __future__ import annotations
+
+from loquent.models.emformer import EmformerConfig
+from loquent.models.encoder import EncoderConfig
+from loquent.models.frontend import FrontendConfig
+from loquent.models.student import StudentConfig
+from loquent.models.transducer import PredictorConfig
+
+# Whisper's position table ends at 30 s of 50 frames a second; positions are counted modulo that.
+_WHISPER_POSITIONS = 1500
+
+
+def whisper_encoder(
+    *, dim: int, layers: int, left_context: int = 128, pool: int = 2, dropout: float = 0.0
+) -> EncoderConfig:
+    """An encoder that Whisper's encoder weights fit (heads are 64 wide in every Whisper size).
+
+    Args:
+        dim, layers: 384 and 4 (tiny), 512 and 6 (base), 768 and 12 (small).
+        left_context: frames of 20 ms; 128 are 2.56 s.
+        pool: encoder frames averaged into one output frame.
+    """
+    return EncoderConfig(
+        frontend=FrontendConfig(
+            kind="conv", features=80, dim=dim, strides=(1, 2), positions=_WHISPER_POSITIONS
+        ),
+        emformer=EmformerConfig(
+            dim=dim,
+            heads=dim // 64,
+            ffn_dim=4 * dim,
+            layers=layers,
+            left_context=left_context,
+            activation="gelu",
+            output_norm=False,
+            dropout=dropout,
+        ),
+        pool=pool,
+        final_norm=True,
+    )
+
+
+def whisper_tiny(vocab: int) -> StudentConfig:
+    """The shipped student: Whisper tiny's encoder under Emformer attention, 8 M parameters."""
+    return StudentConfig(
+        encoder=whisper_encoder(dim=384, layers=4),
+        vocab=vocab,
+        joiner_dim=320,
+        predictor=PredictorConfig(kind="stateless", embedding=256, context=2),
+    )
+
+
+def torchaudio_base(vocab: int = 4097) -> StudentConfig:
+    """``torchaudio.models.emformer_rnnt_base``: 160 ms segments with 40 ms of right context."""
+    return StudentConfig(
+        encoder=EncoderConfig(
+            frontend=FrontendConfig(kind="stack", features=80, dim=512, strides=(2, 2)),
+            emformer=EmformerConfig(
+                dim=512,
+                heads=8,
+                ffn_dim=2048,
+                layers=20,
+                left_context=30,
+                activation="gelu",
+                output_norm=True,
+            ),
+            output_dim=1024,
+        ),
+        vocab=vocab,
+        blank=vocab - 1,
+        joiner_dim=1024,
+        encoder_projection=False,
+        joiner_activation="relu",
+        predictor=PredictorConfig(kind="lstm", embedding=512, layers=3, hidden=512),
+        ctc=False,
+    )

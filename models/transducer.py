@@ -1,0 +1,225 @@
+"""RNN-T parts: predictors, joiner and loss.
+
+Shape suffixes: B streams, U tokens, N encoder frames, J joiner width, V vocabulary, C context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    """Shape of the predictor.
+
+    Attributes:
+        kind: ``stateless`` (embeddings of the last ``context`` tokens under a convolution,
+            arXiv 2109.07513) or ``lstm`` (layer-normed LSTM: torchaudio's ``_Predictor``).
+        embedding: width of a token's embedding.
+        context: tokens seen by the stateless predictor.
+        layers, hidden: of the LSTM.
+    """
+
+    kind: Literal["stateless", "lstm"] = "stateless"
+    embedding: int = 256
+    context: int = 2
+    layers: int = 3
+    hidden: int = 512
+
+
+class StatelessPredictor(nn.Module):
+    """A trigram of embeddings (for ``context`` 2): no recurrent state to carry."""
+
+    def __init__(self, config: PredictorConfig, vocab: int, width: int) -> None:
+        super().__init__()
+        self.context = config.context
+        self.embedding = nn.Embedding(vocab, config.embedding)
+        self.conv = nn.Conv1d(
+            config.embedding, config.embedding, config.context, groups=config.embedding, bias=False
+        )
+        self.linear = nn.Linear(config.embedding, width)
+
+    def state_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The tokens before the one to come; a new stream holds blanks."""
+        return {"context": ((self.context - 1,), torch.int64)}
+
+    def _run(self, tokens_BU: Tensor) -> Tensor:
+        x = self.embedding(tokens_BU).transpose(1, 2)
+        result: Tensor = self.linear(F.relu(self.conv(x).transpose(1, 2)))
+        return result
+
+    def forward(self, tokens_BU: Tensor, blank: int) -> Tensor:
+        """(B, U) tokens -> (B, U + 1, J): the state before each token, and behind the last."""
+        return self._run(F.pad(tokens_BU, (self.context, 0), value=blank))
+
+    def step(self, token_B: Tensor, state: State) -> tuple[Tensor, State]:
+        """(B,) last token and what came before it -> (B, J) and the next state."""
+        tokens = torch.cat([state["context"], token_B[:, None]], dim=1)
+        return self._run(tokens)[:, 0], {"context": tokens[:, 1:]}
+
+
+class _NormedLstm(nn.Module):
+    """One layer of torchaudio's ``_CustomLSTM`` with layer norm on gates and cell."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.x2g = nn.Linear(width, 4 * hidden, bias=False)
+        self.p2g = nn.Linear(hidden, 4 * hidden, bias=False)
+        # torchaudio.models.emformer_rnnt_base sets lstm_layer_norm_epsilon to 1e-3.
+        self.c_norm = nn.LayerNorm(hidden, eps=1e-3)
+        self.g_norm = nn.LayerNorm(4 * hidden, eps=1e-3)
+
+    def step(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        gates = self.g_norm(self.x2g(x) + self.p2g(h))
+        i, f, g, o = gates.chunk(4, dim=-1)
+        c = self.c_norm(f.sigmoid() * c + i.sigmoid() * g.tanh())
+        return o.sigmoid() * c.tanh(), c
+
+
+class LstmPredictor(nn.Module):
+    """torchaudio's predictor (``torchaudio/models/rnnt.py`` ``_Predictor``)."""
+
+    def __init__(self, config: PredictorConfig, vocab: int, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab, config.embedding)
+        self.input_norm = nn.LayerNorm(config.embedding)
+        widths = [config.embedding, *[config.hidden] * (config.layers - 1)]
+        self.lstm = nn.ModuleList(_NormedLstm(w, config.hidden) for w in widths)
+        self.linear = nn.Linear(config.hidden, width)
+        self.output_norm = nn.LayerNorm(width)
+
+    def state_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Hidden and cell vector of each layer; zeros for a new stream."""
+        hidden = ((self.config.hidden,), torch.float32)
+        return {f"{n}{i}": hidden for i in range(self.config.layers) for n in ("h", "c")}
+
+    def forward(self, tokens_BU: Tensor, blank: int) -> Tensor:
+        """(B, U) tokens -> (B, U + 1, J)."""
+        tokens = F.pad(tokens_BU, (1, 0), value=blank)
+        weight = self.linear.weight
+        state = {
+            n: weight.new_zeros((len(tokens), *shape))
+            for n, (shape, _) in self.state_shapes().items()
+        }
+        out = []
+        for token in tokens.unbind(1):
+            frame, state = self.step(token, state)
+            out.append(frame)
+        return torch.stack(out, dim=1)
+
+    def step(self, token_B: Tensor, state: State) -> tuple[Tensor, State]:
+        """(B,) last token and the state behind the tokens before it -> (B, J), next state."""
+        x = self.input_norm(self.embedding(token_B))
+        following: State = {}
+        for i, layer in enumerate(self.lstm):
+            assert isinstance(layer, _NormedLstm)
+            x, cell = layer.step(x, state[f"h{i}"], state[f"c{i}"])
+            following |= {f"h{i}": x, f"c{i}": cell}
+        return self.output_norm(self.linear(x)), following
+
+
+class Joiner(nn.Module):
+    """``activation(encoder + predictor) -> linear``."""
+
+    def __init__(self, width: int, vocab: int, activation: Literal["tanh", "relu"]) -> None:
+        super().__init__()
+        self.activation = activation
+        self.linear = nn.Linear(width, vocab)
+
+    def forward(self, encoder: Tensor, predictor: Tensor) -> Tensor:
+        """Broadcast over leading axes: (..., J) and (..., J) -> (..., V) logits."""
+        x = encoder + predictor
+        result: Tensor = self.linear(torch.tanh(x) if self.activation == "tanh" else F.relu(x))
+        return result
+
+
+def make_predictor(
+    config: PredictorConfig, vocab: int, width: int
+) -> StatelessPredictor | LstmPredictor:
+    """The module that ``config`` names."""
+    if config.kind == "stateless":
+        return StatelessPredictor(config, vocab, width)
+    return LstmPredictor(config, vocab, width)
+
+
+def transducer_loss(
+    logits_BNUV: Tensor,
+    targets_BU: Tensor,
+    frames_B: Tensor,
+    targets_B: Tensor,
+    blank: int,
+) -> Tensor:
+    """RNN-T loss of each utterance, in nats: (B,) (arXiv 1211.3711).
+
+    The one place that knows which implementation computes it. On an accelerator that is
+    ``torchaudio.functional.rnnt_loss``; on the CPU, where that one runs on a single thread, the
+    lattice is walked diagonal by diagonal in vector operations (the table in ``models/README.md``
+    has the times). Both give the same loss and the same gradient.
+
+    Args:
+        logits_BNUV: (B, N, U + 1, V) unnormalised.
+        targets_BU: (B, U) tokens, padded with anything that is a valid id.
+        frames_B, targets_B: valid lengths, at least one frame each.
+        blank: id of the blank.
+    """
+    if logits_BNUV.device.type == "cpu":
+        return _lattice_loss(logits_BNUV, targets_BU, frames_B, targets_B, blank)
+    return _torchaudio_loss(logits_BNUV, targets_BU, frames_B, targets_B, blank)
+
+
+def _torchaudio_loss(
+    logits_BNUV: Tensor, targets_BU: Tensor, frames_B: Tensor, targets_B: Tensor, blank: int
+) -> Tensor:
+    loss: Tensor = torchaudio.functional.rnnt_loss(
+        logits_BNUV.float(),
+        targets_BU.int(),
+        frames_B.int(),
+        targets_B.int(),
+        blank=blank,
+        reduction="none",
+    )
+    return loss
+
+
+def _log_add(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.logaddexp``, whose backward pass is 50 times slower where a term is negligible."""
+    return torch.maximum(a, b) + F.softplus(-(a - b).abs())
+
+
+def _lattice_loss(
+    logits_BNUV: Tensor, targets_BU: Tensor, frames_B: Tensor, targets_B: Tensor, blank: int
+) -> Tensor:
+    batch, frames, columns, _ = logits_BNUV.shape
+    impossible = -1e30  # finite: a difference of infinities has no gradient
+    total = torch.logsumexp(logits_BNUV.float(), dim=-1)
+    stay = logits_BNUV[..., blank].float() - total
+    labels = targets_BU[:, None, :, None].expand(-1, frames, -1, -1)
+    emit = logits_BNUV[:, :, :-1].gather(3, labels)[..., 0].float() - total[:, :, :-1]
+    emit = F.pad(emit, (0, 1), value=impossible)
+    # Skewed: row n holds the cells with frame + column == n, which depend on row n - 1 alone.
+    rows = torch.arange(frames + columns - 1, device=stay.device)
+    frame = rows[:, None] - torch.arange(columns, device=stay.device)
+    inside = (frame >= 0) & (frame < frames)
+    index = frame.clamp(0, frames - 1).expand(batch, -1, -1)
+    stay_rows = stay.gather(1, index).masked_fill(~inside, impossible).unbind(1)
+    emit_rows = emit.gather(1, index).masked_fill(~inside, impossible).unbind(1)
+    alpha = stay.new_full((batch, columns), impossible)
+    alpha[:, 0] = 0.0
+    alphas = [alpha]
+    for before_stay, before_emit in zip(stay_rows[:-1], emit_rows[:-1], strict=True):
+        emitted = F.pad((alpha + before_emit)[:, :-1], (1, 0), value=impossible)
+        alpha = _log_add(alpha + before_stay, emitted)
+        alphas.append(alpha)
+    which = torch.arange(batch, device=stay.device)
+    last = frames_B - 1
+    reached = torch.stack(alphas, dim=1)[which, last + targets_B, targets_B]
+    return -(reached + stay[which, last, targets_B])

@@ -1,0 +1,923 @@
+"""The server on loopback, with a real recogniser (the one that hears tones) and real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import socket
+import struct
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.protocol import State
+
+from loquent.engine.batcher import HIGH_WATER, Batcher, Lane
+from loquent.engine.events import Ended, Event, Final
+from loquent.engine.protocol import END, MAX_MESSAGE, Start
+from loquent.engine.recognizer import Recognizer
+from loquent.engine.server import Server, ServerConfig
+from loquent.engine.session import Slot
+from loquent.engine.web import origin_allowed, static_file
+
+Float32 = NDArray[np.float32]
+Message = dict[str, Any]
+Speak = Callable[..., Float32]
+Run = Callable[..., list[Event]]
+
+SPEECH = [(0, 0.3), (1, 0.4), (2, 0.3), (0, 0.1), (3, 0.5), (4, 0.3), (0, 1.2), (5, 0.4), (7, 0.4)]
+
+
+@asynccontextmanager
+async def serving(recognizer: Recognizer, **config: Any) -> AsyncIterator[Server]:
+    async with Server(recognizer, ServerConfig(port=0, **config)) as server:
+        yield server
+
+
+def url_of(server: Server) -> str:
+    return f"ws://127.0.0.1:{server.port}/v1/stream"
+
+
+@asynccontextmanager
+async def client(server: Server, **options: Any) -> AsyncIterator[ClientConnection]:
+    connection = await connect(
+        url_of(server), compression=None, ping_interval=None, proxy=None, **options
+    )
+    try:
+        yield connection
+    finally:
+        # websockets 17 trips over a transport that is gone with data in its buffer.
+        if connection.state is not State.CLOSED:
+            await connection.close()
+
+
+def encode(pcm: Float32, encoding: str) -> bytes:
+    if encoding == "f32le":
+        return pcm.astype("<f4").tobytes()
+    return np.round(pcm * 32767).astype("<i2").tobytes()
+
+
+def decode(data: bytes, encoding: str) -> NDArray[Any]:
+    return np.frombuffer(data, "<f4" if encoding == "f32le" else "<i2")
+
+
+async def receive_all(connection: ClientConnection) -> list[Message]:
+    """Every message until the server closes."""
+    messages = []
+    with contextlib.suppress(ConnectionClosed):
+        async with asyncio.timeout(60):
+            while True:
+                messages.append(json.loads(await connection.recv()))
+    return messages
+
+
+async def caption(
+    server: Server, start: Start, data: bytes, packets: Sequence[int]
+) -> list[Message]:
+    """A whole session of a good client; `packets` are sizes in bytes, used over and over."""
+    async with client(server) as connection:
+        receiver = asyncio.create_task(receive_all(connection))
+        await connection.send(start.encode())
+        position = turn = 0
+        while position < len(data):
+            size = packets[turn % len(packets)]
+            await connection.send(data[position : position + size])
+            position, turn = position + size, turn + 1
+        await connection.send(END)
+        messages = await receiver
+        assert connection.close_code == 1000
+    assert [message["type"] for message in messages].count("ended") == 1
+    assert messages[0]["type"] == "ready"
+    return messages[1:]
+
+
+def strip(message: Message) -> Message:
+    """Without what depends on the time of day."""
+    return {k: v for k, v in message.items() if k not in ("received", "processed")}
+
+
+def of_kind(messages: Sequence[Message], *kinds: str) -> list[Message]:
+    return [strip(message) for message in messages if message["type"] in kinds]
+
+
+def on_the_wire(events: Sequence[Event]) -> list[Message]:
+    names = {"Partial": "partial", "Final": "final", "Ended": "ended"}
+    return [
+        json.loads(json.dumps({"type": names[type(event).__name__], **asdict(event)}))
+        for event in events
+    ]
+
+
+def is_subsequence(few: Sequence[Message], many: Sequence[Message]) -> bool:
+    rest = iter(many)
+    return all(any(message == other for other in rest) for message in few)
+
+
+@pytest.fixture
+def speech(tones: Speak) -> Float32:
+    """Five seconds with a pause long enough to end a segment."""
+    return tones(SPEECH)
+
+
+@pytest.fixture
+def expected(tiny: Recognizer, speech: Float32, run: Run) -> list[Message]:
+    """What `bystander` must hear: the offline result of the same samples."""
+    pcm = decode(encode(speech, "s16le"), "s16le")
+    events = run(tiny, tiny.stream(chunk_ms=160), pcm, [1600])
+    assert len([event for event in events if isinstance(event, Final)]) == 2
+    return of_kind(on_the_wire(events), "final", "ended")
+
+
+async def bystander(server: Server, speech: Float32) -> list[Message]:
+    """An innocent session; call it while others misbehave."""
+    start = Start(sample_rate=16000, chunk_ms=160)
+    messages = await caption(server, start, encode(speech, "s16le"), [640])
+    return of_kind(messages, "final", "ended")
+
+
+async def until(done: Callable[[], bool]) -> None:
+    """Wait for something that the server does in its own time."""
+    async with asyncio.timeout(30):
+        while not done():  # there is no event for what a client cannot see
+            await asyncio.sleep(0.01)
+
+
+async def no_sessions(server: Server) -> None:
+    """Wait until the server has forgotten everybody."""
+    await until(lambda: not server.sessions and not server.batcher.lanes)
+
+
+# Server == offline.
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_the_server_hears_what_the_offline_recogniser_hears(
+    tiny: Recognizer, tones: Speak, run: Run, seed: int
+) -> None:
+    """Sessions of all kinds at once, in packets of any size, cut anywhere even inside a sample."""
+    rng = random.Random(seed)
+    kinds = [
+        (encoding, rate, chunk_ms, decoder)
+        for encoding in ("s16le", "f32le")
+        for rate, chunk_ms, decoder in [(16000, 40, "rnnt"), (48000, 320, "ctc"), (8000, 160, None)]
+    ]
+    async with serving(tiny) as server:
+        jobs, wanted = [], []
+        for encoding, rate, chunk_ms, decoder in kinds:
+            spoken = [(rng.randrange(9), rng.uniform(0.05, 1.0)) for _ in range(10)]
+            data = encode(tones(spoken, sample_rate=rate), encoding)
+            stream = tiny.stream(sample_rate=rate, chunk_ms=chunk_ms, decoder=decoder)
+            wanted.append(on_the_wire(run(tiny, stream, decode(data, encoding), [777])))
+            start = Start(
+                sample_rate=rate,
+                encoding=encoding,  # type: ignore[arg-type]
+                chunk_ms=chunk_ms,
+                decoder=decoder,
+            )
+            packets = [rng.randint(0, 4000) for _ in range(20)] + [1]
+            jobs.append(caption(server, start, data, packets))
+        for got, want in zip(await asyncio.gather(*jobs), wanted, strict=True):
+            assert of_kind(got, "final", "ended") == of_kind(want, "final", "ended")
+            assert len(of_kind(want, "final")) > 0
+            # A newer partial replaces one that waits; none is made up, none comes out of order.
+            assert is_subsequence(of_kind(got, "partial"), of_kind(want, "partial"))
+            for message in got:
+                if message["type"] != "ended":
+                    assert message["end"] <= message["processed"] + 1.0
+                    assert message["processed"] <= message["received"]
+
+
+async def test_one_byte_at_a_time(tiny: Recognizer, tones: Speak, run: Run) -> None:
+    data = encode(tones([(1, 0.3), (2, 0.2)]), "s16le")
+    want = on_the_wire(run(tiny, tiny.stream(), decode(data, "s16le"), [100]))
+    async with serving(tiny) as server:
+        got = await caption(server, Start(sample_rate=16000), data, [1])
+    assert of_kind(got, "final", "ended") == of_kind(want, "final", "ended")
+
+
+async def test_ready_says_what_was_chosen(tiny: Recognizer) -> None:
+    async with serving(tiny) as server, client(server, subprotocols=["loquent.v1"]) as connection:
+        assert connection.subprotocol == "loquent.v1"
+        await connection.send(Start(sample_rate=8000, chunk_ms=80, decoder="ctc").encode())
+        ready = json.loads(await connection.recv())
+        assert len(ready.pop("session")) == 16
+        assert ready == {
+            "type": "ready",
+            "protocol": 1,
+            "bundle": "tiny",
+            "decoder": "ctc",
+            "chunk_ms": 80,
+            "latency_ms": pytest.approx(tiny.stream(chunk_ms=80).latency_ms),
+            "sample_rate": 8000,
+        }
+
+
+async def test_partials_come_while_audio_is_still_to_come(tiny: Recognizer, tones: Speak) -> None:
+    async with serving(tiny) as server, client(server) as connection:
+        await connection.send(Start(sample_rate=16000, chunk_ms=40).encode())
+        await connection.send(encode(tones([(1, 0.5)]), "s16le"))
+        types = [json.loads(await connection.recv())["type"] for _ in range(2)]
+        assert types == ["ready", "partial"]
+
+
+async def test_a_session_without_audio(tiny: Recognizer) -> None:
+    async with serving(tiny) as server:
+        messages = await caption(server, Start(sample_rate=16000), b"", [1])
+    assert messages == [{"type": "ended", "duration": 0.0, "segments": 0}]
+
+
+async def test_a_minute_of_silence(tiny: Recognizer) -> None:
+    async with serving(tiny) as server:
+        data = bytes(2 * 16000 * 60)
+        messages = await caption(server, Start(sample_rate=16000), data, [6400])
+    assert messages == [{"type": "ended", "duration": 60.0, "segments": 0}]
+
+
+# Clients that misbehave.
+
+START = Start(sample_rate=16000).encode()
+NAN = struct.pack("<f", float("nan")) * 100
+
+
+@pytest.mark.parametrize(
+    ("messages", "code", "close_code", "said"),
+    [
+        (["hello"], "bad_json", 1003, "'hello'"),
+        (["\0\x1b[2J"], "bad_json", 1003, "expected JSON"),
+        (['{"type": "stop"}'], "bad_type", 1002, "'stop'"),
+        ([b"\0\0"], "bad_type", 1002, "expected start"),
+        ([START, START], "bad_type", 1002, "expected audio or end"),
+        ([START, b"\0\0", END, b"\0\0"], "bad_type", 1002, "nothing more"),
+        (['{"type": "start"}'], "bad_config", 1008, "sample_rate"),
+        ([Start(sample_rate=7999).encode()], "bad_config", 1008, "8000 to 48000"),
+        ([Start(sample_rate=10**30).encode()], "bad_config", 1008, "8000 to 48000"),
+        ([Start(sample_rate=-1).encode()], "bad_config", 1008, "8000 to 48000"),
+        ([Start(sample_rate=16000, chunk_ms=50).encode()], "bad_config", 1008, "320"),
+        ([Start(sample_rate=16000, chunk_ms=float("nan")).encode()], "bad_config", 1008, "320"),
+        ([Start(sample_rate=16000, decoder="magic").encode()], "bad_config", 1008, "ctc"),
+        ([Start(sample_rate=16000, language="qq").encode()], "bad_config", 1008, "xx"),
+        ([Start(sample_rate=16000, right_context_ms=1).encode()], "bad_config", 1008, "40"),
+        (
+            [Start(sample_rate=16000, encoding="f32le").encode(), NAN],
+            "bad_audio",
+            1003,
+            "not finite",
+        ),
+        ([START, bytes(MAX_MESSAGE + 2)], "too_big", 1009, str(MAX_MESSAGE)),
+    ],
+)
+async def test_a_mistake_ends_that_session_with_a_reason_and_no_other(
+    tiny: Recognizer,
+    speech: Float32,
+    expected: list[Message],
+    caplog: pytest.LogCaptureFixture,
+    messages: list[str | bytes],
+    code: str,
+    close_code: int,
+    said: str,
+) -> None:
+    async with serving(tiny) as server:
+        innocent = asyncio.create_task(bystander(server, speech))
+        async with client(server) as connection:
+            with contextlib.suppress(ConnectionClosed):
+                for message in messages:
+                    await connection.send(message)
+            got = await receive_all(connection)
+            assert connection.close_code == close_code
+        errors = [message for message in got if message["type"] == "error"]
+        assert [error["code"] for error in errors] == [code]
+        assert got[-1] == errors[0]
+        assert said in errors[0]["message"]
+        assert await innocent == expected
+        await no_sessions(server)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_text_that_is_not_utf8(
+    tiny: Recognizer, speech: Float32, expected: list[Message]
+) -> None:
+    async with serving(tiny) as server:
+        reader, writer = await raw_session(server)
+        writer.write(frame(b"\xff\xfe\xfd", opcode=1))
+        assert await close_code_of(reader) == 1007
+        writer.close()
+        assert await bystander(server, speech) == expected
+        await no_sessions(server)
+
+
+async def test_a_message_of_100_megabytes(
+    tiny: Recognizer, speech: Float32, expected: list[Message]
+) -> None:
+    async with serving(tiny) as server:
+        innocent = asyncio.create_task(bystander(server, speech))
+        async with client(server) as connection:
+            await connection.send(START)
+            with contextlib.suppress(ConnectionClosed):
+                await connection.send(bytes(100_000_000))
+            await receive_all(connection)
+            assert connection.close_code == 1009
+        assert await innocent == expected
+        await no_sessions(server)
+
+
+async def test_the_header_of_a_huge_message_is_enough(tiny: Recognizer) -> None:
+    async with serving(tiny) as server:
+        reader, writer = await raw_session(server)
+        writer.write(frame(b"", length=100_000_000))
+        assert await close_code_of(reader) == 1009
+        writer.close()
+        await no_sessions(server)
+
+
+@pytest.mark.parametrize("how", ["reset", "close"])
+async def test_half_a_frame_and_then_nothing(
+    tiny: Recognizer,
+    speech: Float32,
+    expected: list[Message],
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+) -> None:
+    async with serving(tiny) as server:
+        innocent = asyncio.create_task(bystander(server, speech))
+        _, writer = await raw_session(server)
+        writer.write(frame(START.encode(), opcode=1))
+        writer.write(frame(encode(speech, "s16le"))[:1001])
+        await writer.drain()
+        await lanes_of(server)
+        if how == "reset":
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.close()
+        assert await innocent == expected
+        await no_sessions(server)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_half_a_frame_that_never_ends(tiny: Recognizer) -> None:
+    async with serving(tiny, idle_timeout=0.3) as server:
+        reader, writer = await raw_session(server)
+        writer.write(frame(START.encode(), opcode=1))
+        writer.write(frame(bytes(1000))[:500])
+        assert await close_code_of(reader) == 1008
+        writer.close()
+        await no_sessions(server)
+
+
+async def test_a_client_that_vanishes_in_mid_stream(
+    tiny: Recognizer, speech: Float32, expected: list[Message]
+) -> None:
+    async with serving(tiny) as server:
+        async with client(server) as connection:
+            await connection.send(START)
+            await connection.send(encode(speech, "s16le"))
+            await connection.recv()
+            connection.transport.abort()
+        assert await bystander(server, speech) == expected
+        await no_sessions(server)
+
+
+async def test_a_client_that_closes_before_the_end(tiny: Recognizer, speech: Float32) -> None:
+    async with serving(tiny) as server:
+        async with client(server) as connection:
+            await connection.send(START)
+            await connection.send(encode(speech, "s16le"))
+            await connection.close()
+        await no_sessions(server)
+
+
+async def test_idle_before_start(tiny: Recognizer) -> None:
+    async with serving(tiny, idle_timeout=0.2) as server, client(server) as connection:
+        [error] = await receive_all(connection)
+        assert (error["code"], connection.close_code) == ("idle", 1008)
+        assert "0.2 s" in error["message"]
+
+
+async def test_idle_in_mid_stream_keeps_what_was_said(
+    tiny: Recognizer, speech: Float32, expected: list[Message]
+) -> None:
+    async with serving(tiny, idle_timeout=0.3) as server, client(server) as connection:
+        await connection.send(Start(sample_rate=16000, chunk_ms=160).encode())
+        await connection.send(encode(speech, "s16le"))
+        messages = await receive_all(connection)
+        assert connection.close_code == 1008
+    assert of_kind(messages, "final") == of_kind(expected, "final")
+    assert messages[-1]["type"] == "error"
+    assert of_kind(messages, "ended") == []
+
+
+async def test_waiting_for_the_end_is_not_idle(tiny: Recognizer, tones: Speak) -> None:
+    """After `end` the client has nothing to say, however long the rest takes."""
+    data = encode(tones([(1 + i % 8, 0.3) for i in range(400)]), "s16le")
+    async with serving(tiny, idle_timeout=0.05) as server:
+        messages = await caption(server, Start(sample_rate=16000, chunk_ms=40), data, [MAX_MESSAGE])
+    assert messages[-1]["type"] == "ended"
+    assert messages[-1]["duration"] == 120.0
+
+
+async def test_no_room(tiny: Recognizer, speech: Float32, expected: list[Message]) -> None:
+    async with serving(tiny, max_sessions=1) as server:
+        async with client(server) as first:
+            await first.send(START)
+            await first.recv()
+            async with client(server) as second:
+                [error] = await receive_all(second)
+                assert (error["code"], second.close_code) == ("busy", 1008)
+        await no_sessions(server)
+        assert await bystander(server, speech) == expected
+
+
+# Flow control.
+
+
+async def test_a_client_much_faster_than_the_engine_is_slowed_down_and_loses_nothing(
+    tiny: Recognizer, tones: Speak, run: Run
+) -> None:
+    rng = random.Random(1)
+    spoken = [(rng.randrange(9), rng.uniform(0.1, 0.6)) for _ in range(500)]
+    data = encode(tones(spoken), "s16le")
+    assert len(data) / 32000 > 100
+    events = run(tiny, tiny.stream(), decode(data, "s16le"), [16000])
+    packet = 3200
+    async with serving(tiny) as server:
+        # The engine stands still, as on a machine that is much too slow.
+        gate = threading.Event()
+        server.batcher._executor.submit(gate.wait)
+        try:
+            client = asyncio.create_task(caption(server, Start(sample_rate=16000), data, [packet]))
+            [lane] = await lanes_of(server)
+            await until(lambda: lane.waiting >= HIGH_WATER)
+            await asyncio.sleep(0.3)  # time enough for all of it to arrive, if it were let in
+            assert HIGH_WATER <= lane.waiting <= HIGH_WATER + packet / 32000
+        finally:
+            gate.set()
+        messages = await client
+    assert of_kind(messages, "final", "ended") == of_kind(on_the_wire(events), "final", "ended")
+
+
+async def test_a_slow_reader_costs_nobody_anything_and_loses_nothing(
+    tiny: Recognizer, tones: Speak, run: Run, speech: Float32, expected: list[Message]
+) -> None:
+    rng = random.Random(2)
+    spoken = [(rng.randrange(1, 9), 0.3) if i % 2 else (0, 0.9) for i in range(1000)]
+    data = encode(tones(spoken), "s16le")
+    seconds = len(data) / 32000
+    events = run(tiny, tiny.stream(), decode(data, "s16le"), [16000])
+    async with serving(tiny) as server:
+        reader, writer = await raw_session(server, small_buffers=True)
+        writer.write(frame(START.encode(), opcode=1))
+
+        async def send() -> None:
+            for at in range(0, len(data), 6400):
+                writer.write(frame(data[at : at + 6400]))
+                await writer.drain()
+            writer.write(frame(END.encode(), opcode=1))
+
+        sender = asyncio.create_task(send())
+        # Its lane comes to a stand with unread events ...
+        [lane] = await lanes_of(server)
+        before = -1.0
+        while lane.processed != before:
+            before = lane.processed
+            await asyncio.sleep(0.3)
+        assert 0 < lane.processed < seconds - 30
+        assert lane.waiting < HIGH_WATER + 1
+        # ... while the others are served, ...
+        async with asyncio.timeout(30):
+            assert await bystander(server, speech) == expected
+        # ... and goes on where it stopped.
+        messages = [json.loads(text) async for text in raw_messages(reader)]
+        await sender
+        writer.close()
+        await no_sessions(server)
+    assert of_kind(messages, "final", "ended") == of_kind(on_the_wire(events), "final", "ended")
+
+
+async def test_a_client_that_never_reads_is_cut_off(
+    tiny: Recognizer, tones: Speak, speech: Float32, expected: list[Message]
+) -> None:
+    data = encode(tones([(1 + i % 8, 0.2) for i in range(1000)]), "s16le")
+    async with serving(tiny, send_timeout=0.5) as server:
+        _, writer = await raw_session(server, small_buffers=True)
+        writer.write(frame(Start(sample_rate=16000, chunk_ms=80).encode().encode(), opcode=1))
+        with contextlib.suppress(ConnectionError):
+            for at in range(0, len(data), 6400):
+                writer.write(frame(data[at : at + 6400]))
+                await writer.drain()
+        assert await bystander(server, speech) == expected
+        await no_sessions(server)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+# Failures inside.
+
+
+async def finals_of(lane: Lane) -> list[Event]:
+    events: list[Event] = []
+    while not events or not isinstance(events[-1], Ended):
+        events += [event for event, _ in await lane.events()]
+    return [event for event in events if isinstance(event, Final | Ended)]
+
+
+async def test_one_broken_stream_in_a_batch_does_not_break_the_others(
+    tiny: Recognizer, speech: Float32, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    want = [
+        event
+        for event in run(tiny, tiny.stream(), speech, [1600])
+        if isinstance(event, Final | Ended)
+    ]
+    async with Batcher(tiny) as batcher:
+        streams = [tiny.stream() for _ in range(3)]
+        lanes = [batcher.add(stream, 16000) for stream in streams]
+        # The state of the second does not fit the network.
+        slot = streams[1].encoder_state.alone()
+        broken = {name: array[..., :0] if array.ndim > 1 else array for name, array in slot.items()}
+        streams[1].encoder_state = Slot(broken, 0, 1)
+        results = asyncio.gather(*map(finals_of, lanes), return_exceptions=True)
+        for lane in lanes:
+            await lane.feed(speech)
+            lane.finish()
+        async with asyncio.timeout(30):
+            first, second, third = await results
+        assert first == want
+        assert third == want
+        assert isinstance(second, Exception)
+        with pytest.raises(type(second)):
+            await lanes[1].feed(speech)
+    assert "a batch of 3 streams failed" in caplog.text
+
+
+async def test_when_the_engine_fails_every_client_is_told_and_the_server_lives_on(
+    tiny_bundle: Path, speech: Float32, expected: list[Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recognizer = Recognizer.load(tiny_bundle)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory in /secret/place")
+
+    async with serving(recognizer) as server, contextlib.AsyncExitStack() as stack:
+        connections = [await stack.enter_async_context(client(server)) for _ in range(3)]
+        for connection in connections:
+            await connection.send(START)
+            await connection.recv()
+        with monkeypatch.context() as patch:
+            patch.setattr(recognizer._encoder, "step", fail)
+            for connection in connections:
+                await connection.send(encode(speech, "s16le"))
+            for connection in connections:
+                async with asyncio.timeout(30):
+                    [error] = await receive_all(connection)
+                assert (error["code"], connection.close_code) == ("internal", 1011)
+                assert "secret" not in error["message"]
+        await no_sessions(server)
+        assert await bystander(server, speech) == expected
+
+
+async def test_small_batches_serve_everybody(tiny: Recognizer, tones: Speak, run: Run) -> None:
+    rng = random.Random(5)
+    pcms = [tones([(rng.randrange(9), rng.uniform(0.2, 0.9)) for _ in range(8)]) for _ in range(7)]
+    async with Batcher(tiny, max_batch=2) as batcher:
+        lanes = [batcher.add(tiny.stream(), 16000) for _ in pcms]
+        results = asyncio.gather(*map(finals_of, lanes))
+        for lane, pcm in zip(lanes, pcms, strict=True):
+            await lane.feed(pcm)
+            lane.finish()
+        async with asyncio.timeout(30):
+            got = await results
+    for pcm, finals in zip(pcms, got, strict=True):
+        events = run(tiny, tiny.stream(), pcm, [1600])
+        assert finals == [event for event in events if isinstance(event, Final | Ended)]
+
+
+async def test_rounds_take_turns(tiny: Recognizer, tones: Speak) -> None:
+    """A round has room for one stream of three; nobody gets two chunks ahead of another."""
+    chunk = 0.16
+    pcm = tones([(1 + i % 8, 0.2) for i in range(40)])
+    async with Batcher(tiny, max_batch=1) as batcher:
+        lanes = [batcher.add(tiny.stream(chunk_ms=160), 16000) for _ in range(3)]
+        gate = threading.Event()
+        batcher._executor.submit(gate.wait)
+        for lane in lanes:
+            await lane.feed(pcm)
+            lane.finish()
+        results = asyncio.gather(*map(finals_of, lanes))
+        gate.set()
+        seen = set()
+        async with asyncio.timeout(30):
+            while not results.done():
+                processed = [lane.processed for lane in lanes]
+                seen.add(min(processed))
+                if max(processed) < len(pcm) / 16000:
+                    assert max(processed) - min(processed) < 1.5 * chunk
+                await asyncio.sleep(0)
+        await results
+        assert len(seen) > 20, "the streams were not watched closely enough"
+
+
+async def test_nobody_waits_for_a_closed_batcher(tiny: Recognizer) -> None:
+    async with Batcher(tiny) as batcher:
+        lane = batcher.add(tiny.stream(), 16000)
+        waiter = asyncio.create_task(lane.events())
+        await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="closed"):
+        await waiter
+
+
+# Stopping.
+
+
+async def test_stopping_gives_sessions_the_rest_of_their_text(
+    tiny: Recognizer, speech: Float32, expected: list[Message]
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(tiny) as server:
+            talking = await stack.enter_async_context(client(server))
+            await talking.send(Start(sample_rate=16000, chunk_ms=160).encode())
+            await talking.send(encode(speech, "s16le"))
+            silent = await stack.enter_async_context(client(server))
+            [lane] = await lanes_of(server)
+            await until(lambda: lane.received >= len(speech) / 16000)
+        messages = await receive_all(talking)
+        assert of_kind(messages, "final", "ended") == expected
+        assert talking.close_code == 1001
+        assert await receive_all(silent) == []
+        assert silent.close_code == 1001
+    assert server.sessions == 0
+
+
+async def test_stopping_does_not_wait_for_ever(tiny: Recognizer, tones: Speak) -> None:
+    data = encode(tones([(1 + i % 8, 0.2) for i in range(1000)]), "s16le")
+    async with asyncio.timeout(30):
+        async with serving(tiny, drain_timeout=0.3) as server:
+            _, writer = await raw_session(server, small_buffers=True)
+            writer.write(frame(Start(sample_rate=16000, chunk_ms=80).encode().encode(), opcode=1))
+            for at in range(0, len(data), 6400):
+                writer.write(frame(data[at : at + 6400]))
+            [lane] = await lanes_of(server)
+            await until(lambda: lane.processed > 50)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def test_the_port_is_taken(tiny: Recognizer) -> None:
+    async with serving(tiny) as server:
+        with pytest.raises(OSError, match="in use"):
+            async with Server(tiny, ServerConfig(port=server.port)):
+                pass
+
+
+# Recording.
+
+
+@pytest.mark.parametrize("encoding", ["s16le", "f32le"])
+async def test_recordings_hold_what_was_sent(
+    tiny: Recognizer, speech: Float32, tmp_path: Path, encoding: str
+) -> None:
+    data = encode(speech, encoding)
+    start = Start(sample_rate=22050, encoding=encoding)  # type: ignore[arg-type]
+    async with serving(tiny, record=tmp_path / "new" / "folder") as server:
+        await caption(server, start, data, [1001])
+    [path] = (tmp_path / "new" / "folder").iterdir()
+    heard, rate = soundfile.read(path, dtype="int16" if encoding == "s16le" else "float32")
+    assert rate == 22050
+    assert heard.tobytes() == data
+
+
+async def test_a_recording_that_fails_is_logged_and_hurts_nobody(
+    tiny: Recognizer,
+    speech: Float32,
+    expected: list[Message],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    async with serving(tiny, record=tmp_path / "file") as server:
+        assert await bystander(server, speech) == expected
+    assert "cannot record" in caplog.text
+
+
+# Plain HTTP on the same port.
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    root = tmp_path / "page"
+    (root / "sub").mkdir(parents=True)
+    for name, text in {
+        "index.html": "<!doctype html>",
+        "app.js": "export {}",
+        "style.css": "body{}",
+        "icon.svg": "<svg/>",
+        "sub/data.json": "{}",
+        "blob.xyz": "?",
+        ".hidden": "no",
+    }.items():
+        (root / name).write_text(text)
+    (tmp_path / "secret.txt").write_text("secret")
+    (root / "link.txt").symlink_to(tmp_path / "secret.txt")
+    return root
+
+
+async def http(server: Server, target: str, method: str = "GET") -> tuple[int, dict[str, str], str]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    answer = (await reader.read()).decode()
+    writer.close()
+    head, _, body = answer.partition("\r\n\r\n")
+    status, *lines = head.split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(status.split()[1]), headers, body
+
+
+async def test_the_page(tiny: Recognizer, page: Path) -> None:
+    async with serving(tiny, page=page) as server:
+        for target, kind in {
+            "/": "text/html; charset=utf-8",
+            "/?x=1": "text/html; charset=utf-8",
+            "/app.js": "text/javascript; charset=utf-8",
+            "/style.css": "text/css; charset=utf-8",
+            "/icon.svg": "image/svg+xml",
+            "/sub/data.json": "application/json",
+            "/blob.xyz": "application/octet-stream",
+        }.items():
+            status, headers, body = await http(server, target)
+            assert (status, headers["content-type"]) == (200, kind), target
+            assert headers["x-content-type-options"] == "nosniff"
+            assert "default-src 'self'" in headers["content-security-policy"]
+            assert len(body) == int(headers["content-length"]) > 0
+        status, headers, body = await http(server, "/app.js", "HEAD")
+        assert (status, headers["content-length"], body) == (200, "9", "")
+        assert (await http(server, "/app.js", "POST"))[0] == 405
+        assert (await http(server, "/v1/stream"))[0] == 426
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/nothing.html",
+        "/sub",
+        "/sub/",
+        "/.hidden",
+        "/../secret.txt",
+        "/%2e%2e/secret.txt",
+        "/..%2fsecret.txt",
+        "/sub/../../secret.txt",
+        "/sub/..%5c..%5csecret.txt",
+        "//secret.txt",
+        "/./index.html",
+        "/c:/secret.txt",
+        "/index.html%00.js",
+        "/link.txt",
+        "/" + "a/" * 2000,
+        "/" + "a" * 5000,
+    ],
+)
+async def test_no_way_out_of_the_page(tiny: Recognizer, page: Path, target: str) -> None:
+    async with serving(tiny, page=page) as server:
+        status, _, body = await http(server, target)
+        assert status == 404, body
+        assert "secret" not in body
+
+
+async def test_a_server_without_a_page(tiny: Recognizer) -> None:
+    async with serving(tiny) as server:
+        assert (await http(server, "/"))[0] == 404
+    assert static_file(None, "/").status_code == 404
+
+
+async def test_health(tiny: Recognizer) -> None:
+    async with serving(tiny, max_sessions=5) as server, client(server) as connection:
+        await connection.send(START)
+        await connection.recv()
+        status, headers, body = await http(server, "/healthz")
+        assert (status, headers["content-type"]) == (200, "application/json")
+        assert json.loads(body) == {
+            "status": "ok",
+            "bundle": "tiny",
+            "sessions": 1,
+            "max_sessions": 5,
+        }
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        (None, True),
+        ("http://192.0.2.1:8765", True),
+        ("https://192.0.2.1:8765", True),
+        ("http://192.0.2.1:9000", False),
+        ("http://localhost:3000", True),
+        ("http://127.0.0.1", True),
+        ("http://[::1]:80", True),
+        ("https://evil.example", False),
+        ("https://localhost.evil.example", False),
+        ("https://127.0.0.1.evil.example", False),
+        ("null", False),
+        ("file://", False),
+        ("http://[", False),
+        ("", False),
+        ("https://friend.example", True),
+    ],
+)
+def test_origins(origin: str | None, allowed: bool) -> None:
+    assert origin_allowed(origin, "192.0.2.1:8765", ["https://friend.example"]) is allowed
+    assert origin_allowed(origin, "192.0.2.1:8765", ["*"]) is True
+
+
+async def test_pages_of_strangers_cannot_connect(tiny: Recognizer) -> None:
+    async with serving(tiny, allow_origins=["https://friend.example"]) as server:
+        with pytest.raises(InvalidStatus) as caught:
+            async with client(server, origin="https://evil.example"):
+                pass
+        assert caught.value.response.status_code == 403
+        for origin in ("https://friend.example", f"http://127.0.0.1:{server.port}"):
+            async with client(server, origin=origin):
+                pass
+
+
+# A WebSocket client in bytes, for what a good library does not let one do.
+
+
+async def raw_session(
+    server: Server, *, small_buffers: bool = False
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """An open WebSocket; with small buffers the server soon notices what is not read."""
+    sock = socket.socket()
+    if small_buffers:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        assert server._server is not None
+        for listening in server._server.sockets:  # the accepted ones inherit it
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    sock.connect(("127.0.0.1", server.port))
+    sock.setblocking(False)
+    reader, writer = await asyncio.open_connection(sock=sock, limit=2048)
+    writer.write(
+        b"GET /v1/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+        b"Connection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+        b"Sec-WebSocket-Version: 13\r\n\r\n"
+    )
+    assert b"101" in await reader.readline()
+    while await reader.readline() != b"\r\n":
+        pass
+    return reader, writer
+
+
+def frame(payload: bytes, *, opcode: int = 2, length: int | None = None) -> bytes:
+    """A masked frame; `length` is what its header says."""
+    length = len(payload) if length is None else length
+    mask = os.urandom(4)
+    header = bytes([0x80 | opcode])
+    if length < 126:
+        header += bytes([0x80 | length])
+    elif length < 65536:
+        header += struct.pack(">BH", 0x80 | 126, length)
+    else:
+        header += struct.pack(">BQ", 0x80 | 127, length)
+    key = np.frombuffer((mask * (len(payload) // 4 + 1))[: len(payload)], np.uint8)
+    return header + mask + (np.frombuffer(payload, np.uint8) ^ key).tobytes()
+
+
+async def raw_frames(reader: asyncio.StreamReader) -> AsyncIterator[tuple[int, bytes]]:
+    while True:
+        first, length = await reader.readexactly(2)
+        if length == 126:
+            [length] = struct.unpack(">H", await reader.readexactly(2))
+        elif length == 127:
+            [length] = struct.unpack(">Q", await reader.readexactly(8))
+        yield first & 15, await reader.readexactly(length)
+
+
+async def raw_messages(reader: asyncio.StreamReader) -> AsyncIterator[str]:
+    async for opcode, payload in raw_frames(reader):
+        if opcode == 8:
+            return
+        yield payload.decode()
+
+
+async def close_code_of(reader: asyncio.StreamReader) -> int:
+    async with asyncio.timeout(30):
+        async for opcode, payload in raw_frames(reader):
+            if opcode == 8:
+                return int(struct.unpack(">H", payload[:2])[0])
+    raise AssertionError("no close frame")
+
+
+async def lanes_of(server: Server) -> list[Lane]:
+    await until(lambda: len(server.batcher.lanes) > 0)
+    return server.batcher.lanes

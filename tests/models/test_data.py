@@ -1,0 +1,329 @@
+"""Manifests, the feature cache, batches, augmentation and prefetching."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loquent.engine.audio import load_audio
+from loquent.engine.errors import AudioError
+from loquent.engine.features import Fbank, fbank, whisper_spec
+from loquent.models.data import (
+    Augment,
+    DataError,
+    FeatureCache,
+    Utterance,
+    augment,
+    collate,
+    epoch_batches,
+    prefetch,
+    read_manifest,
+)
+
+SPEC = whisper_spec()
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a manifest of these lines: strings as they are, dicts as JSON."""
+
+    def manifest(*lines: str | dict[str, object]) -> Path:
+        path = tmp_path / "set.jsonl"
+        text = [
+            line if isinstance(line, str) else json.dumps(line, ensure_ascii=False)
+            for line in lines
+        ]
+        path.write_text("\n".join(text) + "\n", encoding="utf-8")
+        return path
+
+    return manifest
+
+
+def row(**changes: object) -> dict[str, object]:
+    return {"audio": "a.wav", "text": "Hello, you", "duration": 1.5, **changes}
+
+
+# Manifests
+
+
+def test_manifest(write: Write) -> None:
+    path = write(row(source="radio", licence="CC0", speaker="x"), "", row(audio="/abs/b.wav"))
+    first, second = read_manifest(path)
+    assert first == Utterance(path.parent / "a.wav", "hello you", "radio", 1.5)
+    assert second == Utterance(Path("/abs/b.wav"), "hello you", "set", 1.5)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{nonsense", "JSONDecodeError"),
+        ("[1, 2]", "TypeError"),
+        ("17", "TypeError"),
+        (row() | {"text": 5}, "TypeError"),
+        (json.dumps({"audio": "a.wav", "duration": 1}), "KeyError 'text'"),
+        (json.dumps({"text": "a", "duration": 1}), "KeyError 'audio'"),
+        (json.dumps({"audio": "a.wav", "text": "a"}), "KeyError 'duration'"),
+        (row(duration="long"), "ValueError.*'long'"),
+        (row(audio=None), "TypeError"),
+    ],
+    ids=["json", "list", "number", "text-5", "text", "audio", "duration", "long", "null"],
+)
+def test_a_bad_line_is_named(write: Write, line: str | dict[str, object], message: str) -> None:
+    path = write(row(), row(), line, row())
+    expected = rf"set\.jsonl:3: {message}.*expected a JSON object with audio, text and duration"
+    with pytest.raises(DataError, match=expected):
+        read_manifest(path)
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such manifest; expected a JSONL file"):
+        read_manifest(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match="no such manifest"):
+        read_manifest(tmp_path)
+    binary = tmp_path / "audio.wav"
+    binary.write_bytes(b"RIFF\xff\xfe\xfd")
+    with pytest.raises(DataError, match=r"audio\.wav: cannot be read as a JSONL file"):
+        read_manifest(binary)
+
+
+def test_rare_line_separators_do_not_split_a_row(write: Write) -> None:
+    (utterance,) = read_manifest(write(row(text="one\u2028two\x85three")))
+    assert utterance.text == "one two three"
+
+
+def test_unusable_rows_are_left_out(write: Write) -> None:
+    path = write(
+        row(text="...", audio="1"),
+        row(text=None, audio="2"),
+        row(text="in 1984", audio="3"),
+        row(duration=30.5, audio="4"),
+        row(audio="5"),
+    )
+    assert [u.audio.name for u in read_manifest(path)] == ["5"]
+    assert [u.audio.name for u in read_manifest(path, max_seconds=31)] == ["4", "5"]
+
+
+def test_licences_are_excluded(write: Write) -> None:
+    path = write(
+        row(audio="1", licence="CC-BY-NC-4.0"),
+        row(audio="2", licence="CC-BY-4.0"),
+        row(audio="3", licence="research only"),
+        row(audio="4"),
+    )
+    assert [u.audio.name for u in read_manifest(path)] == ["1", "2", "3", "4"]
+    assert [u.audio.name for u in read_manifest(path, exclude_licences=["NC"])] == ["2", "3", "4"]
+    kept = read_manifest(path, exclude_licences=["NC", "research"])
+    assert [u.audio.name for u in kept] == ["2", "4"]
+
+
+# The feature cache
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Utterance]:
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    utterances = []
+    for i, samples in enumerate((3000, 12345, 100)):
+        soundfile.write(folder / f"{i}.wav", 0.1 * rng.standard_normal(samples), 16000)
+        utterances.append(Utterance(folder / f"{i}.wav", "text", "noise", samples / 16000))
+    return utterances
+
+
+def test_cache_holds_the_engines_features(clips: list[Utterance], tmp_path: Path) -> None:
+    cache = FeatureCache(clips, SPEC, tmp_path, workers=1)
+    assert len(cache) == 3
+    for i, utterance in enumerate(clips):
+        expected = fbank(SPEC, load_audio(utterance.audio))
+        assert cache.frames(i) == len(expected)
+        np.testing.assert_array_equal(cache[i], expected.astype(np.float16))
+
+
+def test_cache_is_reused(clips: list[Utterance], tmp_path: Path) -> None:
+    first = FeatureCache(clips, SPEC, tmp_path, workers=1)
+    made = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    second = FeatureCache(clips, SPEC, tmp_path, workers=1)
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == made
+    np.testing.assert_array_equal(first[1], second[1])
+
+
+def test_cache_is_made_anew_for_other_features_or_clips(
+    clips: list[Utterance], tmp_path: Path
+) -> None:
+    first = FeatureCache(clips, SPEC, tmp_path, workers=1)
+    louder = dataclasses.replace(SPEC, input_scale=2.0)
+    other = FeatureCache(clips, louder, tmp_path, workers=1)
+    expected = fbank(louder, load_audio(clips[1].audio))
+    np.testing.assert_array_equal(other[1], expected.astype(np.float16))
+    fewer = FeatureCache(clips[1:], SPEC, tmp_path, workers=1)
+    np.testing.assert_array_equal(fewer[0], first[1])
+
+
+def test_a_cache_that_was_not_finished_is_made_anew(clips: list[Utterance], tmp_path: Path) -> None:
+    first = np.array(FeatureCache(clips, SPEC, tmp_path, workers=1)[1])
+    (index,) = tmp_path.glob("*.npy")
+    (data,) = tmp_path.glob("*.f16")
+    index.unlink()
+    data.write_bytes(b"\0" * 10)
+    np.testing.assert_array_equal(FeatureCache(clips, SPEC, tmp_path, workers=1)[1], first)
+
+
+def test_a_broken_clip_leaves_no_cache(clips: list[Utterance], tmp_path: Path) -> None:
+    broken = [*clips, Utterance(tmp_path / "gone.wav", "text", "noise", 1.0)]
+    with pytest.raises(AudioError, match=r"gone\.wav: No such file"):
+        FeatureCache(broken, SPEC, tmp_path / "cache", workers=1)
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
+# Augmentation
+
+
+@settings(max_examples=60, deadline=None)
+@given(frames=st.integers(1, 300), seed=st.integers(0, 1000))
+def test_augmented_features_are_like_features(frames: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.normal(0, 1, (frames, 80)).astype(np.float32))
+    before = x.clone()
+    y = augment(x, SPEC, Augment(), rng)
+    assert y.shape[1] == 80
+    assert 0.9 * frames - 1 <= len(y) <= frames / 0.9 + 1
+    assert torch.isfinite(y).all()
+    assert y.min() >= Fbank(SPEC).pad_frame[0]
+    assert torch.equal(x, before)
+
+
+def test_no_augmentation_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(1, 0.1, (50, 80)).astype(np.float32))
+    off = Augment(tempo=0, warp=0, gain=0, freq_masks=0, time_masks=0)
+    torch.testing.assert_close(augment(x, SPEC, off, rng), x, atol=1e-4, rtol=0)
+
+
+def test_gain_is_in_decibels() -> None:
+    """Features of louder audio are what the augmentation makes of those of the original."""
+    rng = np.random.default_rng(0)
+    pcm = (0.02 * rng.standard_normal(16000)).astype(np.float32)
+    x = torch.from_numpy(fbank(SPEC, pcm))
+    only_gain = Augment(tempo=0, warp=0, gain=6.0, freq_masks=0, time_masks=0)
+    y = augment(x, SPEC, only_gain, np.random.default_rng(1))
+    # tempo and warp are drawn first.
+    drawn = np.random.default_rng(1)
+    drawn.uniform(0, 0), drawn.uniform(0, 0)
+    decibels = drawn.uniform(-6, 6)
+    assert abs(decibels) > 1
+    louder = fbank(SPEC, (pcm * 10 ** (decibels / 20)).astype(np.float32))
+    torch.testing.assert_close(y, torch.from_numpy(louder), atol=1e-3, rtol=0)
+
+
+def test_augmentation_is_a_function_of_its_generator() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (120, 80)).astype(np.float32))
+    same = [augment(x, SPEC, Augment(), np.random.default_rng(7)) for _ in range(2)]
+    assert torch.equal(*same)
+    assert not torch.equal(
+        augment(x, SPEC, Augment(tempo=0), np.random.default_rng(7)),
+        augment(x, SPEC, Augment(tempo=0), np.random.default_rng(8)),
+    )
+
+
+# Batches
+
+
+lengths = st.lists(st.integers(1, 400), min_size=1, max_size=60)
+
+
+@given(frames=lengths, limit=st.integers(50, 2000), seed=st.integers(0, 99))
+def test_an_epoch_is_complete_bounded_and_reproducible(
+    frames: list[int], limit: int, seed: int
+) -> None:
+    batches = epoch_batches(frames, [1.0] * len(frames), limit, seed)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(frames)))
+    for batch in batches:
+        assert len(batch) == 1 or max(frames[i] for i in batch) * len(batch) <= limit
+    assert epoch_batches(frames, [1.0] * len(frames), limit, seed) == batches
+
+
+def test_little_of_a_batch_is_padding() -> None:
+    rng = np.random.default_rng(0)
+    frames = [int(n) for n in rng.integers(100, 2000, 1000)]
+    batches = epoch_batches(frames, [1.0] * 1000, 12000, seed=1)
+    padded = sum(max(frames[i] for i in batch) * len(batch) for batch in batches)
+    assert sum(frames) / padded > 0.8
+
+
+def test_epochs_differ() -> None:
+    frames = [100] * 40
+    assert epoch_batches(frames, [1.0] * 40, 500, 1) != epoch_batches(frames, [1.0] * 40, 500, 2)
+
+
+def test_shares_are_probabilities() -> None:
+    weights = [0.0] * 100 + [0.25] * 1000 + [1.0] * 100 + [3.0] * 100
+    taken = [i for b in epoch_batches([10] * 1300, weights, 100, 0) for i in b]
+    assert len(taken) == len(set(taken))
+    assert not [i for i in taken if i < 100]
+    assert 200 < len([i for i in taken if 100 <= i < 1100]) < 300
+    assert [i for i in sorted(taken) if i >= 1100] == list(range(1100, 1300))
+
+
+def test_collate_pads_with_silence() -> None:
+    silence = torch.from_numpy(Fbank(SPEC).pad_frame)
+    features = [torch.ones(n, 80) for n in (5, 9)]
+    batch = collate(features, [[4, 5, 6], []], [7, 3], silence, multiple=4, room=3)
+    assert batch.x_BTF.shape == (2, 12 + 3, 80)
+    assert batch.lengths_B.tolist() == [5, 9]
+    assert torch.equal(batch.x_BTF[0, :5], features[0])
+    assert (batch.x_BTF[0, 5:] == silence).all()
+    assert (batch.x_BTF[1, 9:] == silence).all()
+    assert batch.targets_BU.tolist() == [[4, 5, 6], [0, 0, 0]]
+    assert batch.targets_B.tolist() == [3, 0]
+    assert batch.indices == (7, 3)
+
+
+# Prefetching
+
+
+def test_prefetch_keeps_the_order() -> None:
+    assert list(prefetch(iter(range(100)), depth=3)) == list(range(100))
+    assert list(prefetch(iter([]))) == []
+
+
+def test_prefetch_surfaces_exceptions() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise DataError("the disk is gone")
+
+    got = prefetch(items())
+    assert next(got) == 1
+    with pytest.raises(DataError, match="the disk is gone"):
+        next(got)
+
+
+def test_prefetch_works_ahead_but_not_without_limit() -> None:
+    made = 0
+    enough = threading.Event()
+
+    def items() -> Iterator[int]:
+        nonlocal made
+        while True:
+            made += 1
+            if made == 4:
+                enough.set()
+            yield made
+
+    before = threading.active_count()
+    got = prefetch(items(), depth=3)
+    assert next(got) == 1
+    assert enough.wait(10)
+    assert made <= 6
+    got.close()
+    assert threading.active_count() == before

@@ -1,0 +1,220 @@
+"""The live page in a real browser against a real ``loquent serve``, hearing the sample clip."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+from playwright.sync_api import Browser, Page, expect
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+ARTIFACTS = Path(__file__).resolve().parents[2] / "test-artifacts"
+WAIT = 30_000  # ms; how long anything on the page may take before the test gives up
+
+Serve = Callable[..., Any]
+Browse = Callable[..., AbstractContextManager[Browser]]
+Transcribe = Callable[[Path], list[str]]
+
+
+class Watched:
+    """A page, and everything about it that must not happen."""
+
+    def __init__(self, browser: Browser, url: str, **context: Any) -> None:
+        self.url = url
+        self.complaints: list[str] = []
+        self.strangers: list[str] = []
+        self.page: Page = browser.new_context(**context).new_page()
+        self.page.set_default_timeout(WAIT)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", self._console)
+        self.page.on("request", self._request)
+        self.page.goto(url)
+
+    def _console(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith((self.url, f"blob:{self.url}")):
+            self.strangers.append(request.url)
+
+    def wait(self, *states: str) -> None:
+        """Until the page is in one of the states."""
+        self.page.wait_for_function(
+            "states => states.includes(document.body.dataset.state)", arg=list(states)
+        )
+
+    def press(self) -> None:
+        self.page.click("#record")
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds recorded."""
+        return self.seconds("#elapsed")
+
+    def seconds(self, selector: str) -> float:
+        """What a <time> says to machines."""
+        value = self.page.locator(selector).get_attribute("datetime")
+        return float((value or "PT0S").removeprefix("PT").removesuffix("S"))
+
+    def wait_elapsed(self, seconds: float) -> None:
+        while self.elapsed < seconds:
+            self.page.wait_for_timeout(100)
+
+    @property
+    def finals(self) -> list[str]:
+        return self.page.locator("#log .final .text").all_inner_texts()
+
+
+def test_captions_while_the_audio_plays_and_the_same_text_as_transcribe(
+    serve: Serve, browse: Browse, transcribe: Transcribe, clip: Path, tmp_path: Path
+) -> None:
+    duration = soundfile.info(clip).duration
+    server = serve("--port", "0", "--record", str(tmp_path))
+    with browse() as browser:
+        watched = Watched(browser, server.url, viewport={"width": 1280, "height": 800})
+        page = watched.page
+        watched.press()
+        watched.wait("live")
+        page.wait_for_selector("#live:not([hidden]) .tentative", state="attached")
+        page.wait_for_function("document.querySelector('#live').textContent.length > 4")
+        assert watched.elapsed < duration - 2, "captions came after the audio, not with it"
+        page.wait_for_selector("#log .final")
+        assert watched.elapsed < duration - 1, "no final came while the audio was playing"
+        ARTIFACTS.mkdir(exist_ok=True)
+        page.wait_for_selector("#live:not([hidden])")
+        page.screenshot(path=ARTIFACTS / "live.png")
+
+        watched.wait_elapsed(duration + 1)
+        watched.press()
+        watched.wait("idle")
+        page.screenshot(path=ARTIFACTS / "stopped.png")
+        shown = watched.finals
+        assert page.locator("#live").is_hidden()
+        with page.expect_download() as download:
+            page.click("#download")
+        lines = download.value.path().read_text(encoding="utf-8").splitlines()
+        assert [re.sub(r"^\[\d+:\d\d\] ", "", line) for line in lines] == shown
+        page.click("#clear")
+        expect(page.get_by_text("Press Start and speak.")).to_be_visible()
+        assert watched.finals == []
+        assert watched.complaints == []
+        assert watched.strangers == [], "the page must work offline"
+    assert server.end() == 0
+
+    (recorded,) = tmp_path.glob("*.wav")
+    assert soundfile.info(recorded).samplerate == 16000
+    assert soundfile.info(recorded).duration > duration
+    assert shown
+    assert shown == transcribe(recorded)
+    # The browser resampled the clip and opened the microphone when it liked, so the frames lie
+    # elsewhere than in the file: nearly the same text, not the same bits.
+    alike = difflib.SequenceMatcher(None, " ".join(shown), " ".join(transcribe(clip))).ratio()
+    assert alike > 0.8, f"{shown} is not what is said in the clip"
+
+
+def test_a_killed_server_costs_no_words(
+    serve: Serve, browse: Browse, transcribe: Transcribe, clip: Path, tmp_path: Path
+) -> None:
+    duration = soundfile.info(clip).duration
+    server = serve("--port", "0", "--record", str(tmp_path / "first"))
+    with browse() as browser:
+        watched = Watched(browser, server.url)
+        page = watched.page
+        watched.press()
+        page.wait_for_selector("#log .final")
+        page.wait_for_selector("#live:not([hidden])")
+        server.end(signal.SIGKILL)
+        watched.wait("waiting")
+        unsettled = watched.seconds("#live time")
+        expect(page.get_by_role("alert")).to_contain_text("does not answer")
+        settled = watched.finals
+        server = serve("--port", server.port, "--record", str(tmp_path / "second"))
+        watched.wait("live")
+        expect(page.locator("#notice")).to_be_hidden()
+        watched.wait_elapsed(duration + 1)
+        watched.press()
+        watched.wait("idle")
+        shown, stopped = watched.finals, watched.elapsed
+    server.end()
+    (recorded,) = (tmp_path / "second").glob("*.wav")
+    assert shown == settled + transcribe(recorded)
+    # The new session heard again what had no final text yet when the old one died.
+    assert soundfile.info(recorded).duration > stopped - unsettled - 0.01
+
+
+def test_a_busy_server_takes_the_page_when_there_is_room(
+    serve: Serve, browse: Browse, transcribe: Transcribe, clip: Path, tmp_path: Path
+) -> None:
+    server = serve("--port", "0", "--max-sessions", "1", "--record", str(tmp_path))
+    with browse() as browser:
+        first = Watched(browser, server.url)
+        second = Watched(browser, server.url)
+        first.press()
+        first.wait("live")
+        second.press()
+        second.wait("waiting")
+        expect(second.page.get_by_role("status")).to_contain_text("Server busy")
+        first.press()
+        first.wait("idle")
+        second.wait("live")
+        second.press()
+        second.wait("idle")
+        heard = [transcribe(file) for file in sorted(tmp_path.glob("*.wav"))]
+        assert [first.finals, second.finals] == heard
+    server.end()
+
+
+def test_without_a_microphone_the_page_says_what_to_do(serve: Serve, browse: Browse) -> None:
+    server = serve("--port", "0")
+    with browse(microphone=False) as browser:
+        watched = Watched(browser, server.url)
+        watched.press()
+        watched.wait("failed")
+        expect(watched.page.get_by_role("alert")).to_contain_text("microphone was refused")
+        expect(watched.page.get_by_role("button", name="Start")).to_be_enabled()
+
+
+def test_keyboard_and_screen_reader(serve: Serve, browse: Browse) -> None:
+    server = serve("--port", "0")
+    with browse() as browser:
+        page = Watched(browser, server.url).page
+        assert page.get_attribute("html", "lang") == "en"
+        stops = []
+        for _ in range(5):
+            page.keyboard.press("Tab")
+            stops.append(page.evaluate("document.activeElement.id || document.activeElement.name"))
+            # A radio button is drawn by the text beside it.
+            ring = page.evaluate(
+                "(focused => getComputedStyle("
+                "focused.type === 'radio' ? focused.nextElementSibling : focused).outlineStyle)"
+                "(document.activeElement)"
+            )
+            assert ring == "solid", f"focus on {stops[-1]} cannot be seen"
+        assert stops == ["", "captions", "record", "chunk", "decoder"]
+        # Finals go into the only log; the text that still changes lies outside it.
+        log = page.get_by_role("log")
+        expect(log).to_have_count(1)
+        expect(log.locator("#live")).to_have_count(0)
+        assert page.locator("#live").get_attribute("aria-live") is None
+
+        page.focus("input[name=chunk]:checked")
+        page.keyboard.press("ArrowLeft")
+        assert page.input_value("input[name=chunk]:checked") == "160"
+        page.focus("#record")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("body[data-state=live]")
+        expect(page.get_by_role("button", name="Stop")).to_be_focused()
+        expect(page.get_by_role("radio", name="160")).to_be_disabled()
+        page.keyboard.press("Space")
+        page.wait_for_selector("body[data-state=idle]")
+        page.reload()
+        assert page.input_value("input[name=chunk]:checked") == "160", "the choice was not kept"
