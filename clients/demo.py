@@ -29,7 +29,7 @@ PACKET = 0.02  # seconds; what sound cards and browsers deliver
 
 NEXT_STEPS = """
 That was a recording, sent at the speed of speech. Now with your own voice:
-  loquent serve       then open http://127.0.0.1:8765/ and press the microphone button
+  loquent serve       then open http://127.0.0.1:8765/ and press Start
   loquent mic         in this terminal (needs: pip install 'loquent[mic]')
   loquent transcribe FILE..."""
 

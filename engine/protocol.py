@@ -47,7 +47,7 @@ CLOSE_CODES: Const[Mapping[Code, int]] = {
     "bad_config": 1008,
     "bad_audio": 1003,
     "too_big": 1009,
-    "busy": 1008,
+    "busy": 1013,
     "idle": 1008,
     "internal": 1011,
 }

@@ -65,6 +65,8 @@ class Graph:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # Its warnings are about how a graph was written, which the reader of a log cannot change.
+        options.log_severity_level = 3
         # Threads that wait busily would take the cores from the other sessions.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         data = bundle.graph(file)

@@ -434,7 +434,7 @@ async def test_no_room(tiny: Recognizer, speech: Float32, expected: list[Message
             await first.recv()
             async with client(server) as second:
                 [error] = await receive_all(second)
-                assert (error["code"], second.close_code) == ("busy", 1008)
+                assert (error["code"], second.close_code) == ("busy", 1013)
         await no_sessions(server)
         assert await bystander(server, speech) == expected
 
