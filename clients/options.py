@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from loquent.engine.bundle import DECODERS
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.stream import Stream
 
@@ -48,7 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_decoder_option(parser: argparse.ArgumentParser) -> None:
     """--decoder."""
     parser.add_argument(
-        "--decoder", choices=["rnnt", "ctc"], help="which head decodes (default: the bundle's)"
+        "--decoder", choices=DECODERS, help="how to decode (default: as the bundle says)"
     )
 
 

@@ -22,6 +22,7 @@ from loquent.engine.archive import BundleFiles, open_files
 from loquent.engine.errors import BundleError, ConfigError
 from loquent.engine.features import FeatureSpec
 from loquent.engine.fields import MANIFEST, Fields
+from loquent.engine.ngram import Ngram
 
 SCHEMA = 1
 BLANK_PIECE = "<blank>"
@@ -30,7 +31,8 @@ META_SCHEMA = "loquent_schema"
 META_FEATURES = "loquent_features"  # FeatureSpec.digest()
 META_TOKENS = "loquent_tokens"  # sha256 of tokens.txt
 
-Decoder = Literal["rnnt", "ctc"]
+Decoder = Literal["rnnt", "ctc", "ctc-beam"]
+DECODERS: tuple[Decoder, ...] = ("rnnt", "ctc", "ctc-beam")
 DTYPES = ("float32", "float16", "int64", "int32")
 
 _BUNDLES = Path(__file__).with_name("bundles")
@@ -78,6 +80,16 @@ class RnntSpec:
     joiner: GraphFile
 
 
+@dataclass(frozen=True, kw_only=True)
+class LmSpec:
+    """The word language model of beam search, and how much it counts."""
+
+    file: str
+    sha256: str
+    weight: float
+    word_bonus: float
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bundle:
     """A checked manifest with everything but the graphs, which stay in ``files``.
@@ -93,6 +105,7 @@ class Bundle:
     encoder: EncoderSpec
     has_ctc: bool
     rnnt: RnntSpec | None
+    lm: LmSpec | None
     default_decoder: Decoder
     blank: int
     tokens: tuple[str, ...]
@@ -121,6 +134,15 @@ class Bundle:
         except BundleError as exc:
             raise BundleError(f"{self.files.where}: {exc}") from exc
 
+    def language_model(self) -> Ngram | None:
+        """The word language model, checked, if there is one. Raises BundleError."""
+        if self.lm is None:
+            return None
+        try:
+            return Ngram.from_bytes(_checked(self.files, self.lm.file, self.lm.sha256))
+        except (BundleError, ValueError) as exc:
+            raise BundleError(f"{self.files.where}: {self.lm.file}: {exc}") from exc
+
     @cached_property
     def frame_seconds(self) -> float:
         """Seconds from one encoder frame to the next."""
@@ -130,7 +152,7 @@ class Bundle:
     def decoders(self) -> tuple[Decoder, ...]:
         """The decoders that this bundle has heads for."""
         found: tuple[Decoder, ...] = ("rnnt",) if self.rnnt else ()
-        return (*found, "ctc") if self.has_ctc else found
+        return (*found, "ctc", "ctc-beam") if self.has_ctc else found
 
     @cached_property
     def chunks_ms(self) -> tuple[float, ...]:
@@ -205,7 +227,8 @@ def _parse(files: BundleFiles, manifest: object) -> Bundle:
         encoder=_encoder(top.object("encoder")),
         has_ctc=heads.boolean("ctc"),
         rnnt=rnnt,
-        default_decoder=cast(Decoder, top.choice("default_decoder", ("rnnt", "ctc"))),
+        lm=_lm(top.object("lm")) if top.has("lm") else None,
+        default_decoder=cast(Decoder, top.choice("default_decoder", DECODERS)),
         blank=blank,
         tokens=tokens,
         tokens_sha256=tokens_sha256,
@@ -289,6 +312,15 @@ def _rnnt(fields: Fields) -> RnntSpec:
         predictor=_graph(predictor),
         states=_states(predictor),
         joiner=_graph(fields.object("joiner")),
+    )
+
+
+def _lm(fields: Fields) -> LmSpec:
+    return LmSpec(
+        file=fields.file("file"),
+        sha256=fields.string("sha256"),
+        weight=fields.number("weight", 0.4),
+        word_bonus=fields.number("word_bonus", 1.5),
     )
 
 

@@ -14,7 +14,7 @@ from loquent.engine.session import Array, Graph, State, Tensor, initial_state, s
 Float32 = NDArray[np.float32]
 
 # The encoder's output that each decoder reads.
-OUTPUT: dict[Decoder, str] = {"ctc": "ctc", "rnnt": "joiner"}
+OUTPUT: dict[Decoder, str] = {"ctc": "ctc", "ctc-beam": "ctc", "rnnt": "joiner"}
 
 
 class OnnxEncoder:

@@ -20,7 +20,7 @@ class EndpointRules:
     """Times in seconds.
 
     Attributes:
-        trailing_silence: so much silence after at least one token ends the segment.
+        trailing_silence: so much silence after speech ends the segment.
         max_utterance: a segment longer than this is cut before the word that is growing.
 
     Raises:
@@ -56,10 +56,10 @@ class Endpointer:
 
         ``limit`` comes again with every frame until ``restart``, as a word may have to end first.
         """
-        if frame.tokens and self._first is None:
-            self._first = frame.tokens[0].frame
         if frame.speech:
             self._last = frame.number
+            if self._first is None:
+                self._first = frame.number
         if self._first is None:
             return None
         if frame.number - self._last >= self._silence:
@@ -67,7 +67,7 @@ class Endpointer:
         return "limit" if frame.number + 1 - self._first >= self._longest else None
 
     def restart(self, first: int | None) -> None:
-        """A new segment begins; ``first`` is the frame of its first token if it has one already."""
+        """A new segment begins; ``first`` is the frame where it does if it has one already."""
         self._first = first
 
 

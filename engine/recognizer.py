@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from loquent.engine.bundle import Bundle
 from loquent.engine.decode import Frame, Token
+from loquent.engine.decode.ctc import CtcGreedy
+from loquent.engine.decode.ctc_beam import BeamRules, CtcBeam, Fusion
 from loquent.engine.decode.rnnt import RnntGreedy, RnntState
 from loquent.engine.encoder import OUTPUT, OnnxEncoder
 from loquent.engine.endpoint import EndpointRules
@@ -50,6 +53,15 @@ class Recognizer:
             else None
         )
 
+    @cached_property
+    def _fusion(self) -> Fusion:
+        # Made when the first stream asks for it: greedy decoding needs none.
+        bundle = self.bundle
+        rules = BeamRules()
+        if bundle.lm:
+            rules = BeamRules(lm_weight=bundle.lm.weight, word_bonus=bundle.lm.word_bonus)
+        return Fusion(bundle.tokens, bundle.language_model(), rules)
+
     @classmethod
     def load(cls, source: str | os.PathLike[str] = "en", *, threads: int = 1) -> Recognizer:
         """Load a bundle: a folder, a tar file, or the name of one that came with Loquent.
@@ -74,7 +86,8 @@ class Recognizer:
         Args:
             sample_rate: Hz of the audio to come, 8000 to 48000.
             chunk_ms: audio per step, one of ``bundle.chunks_ms``: shorter is faster, longer better.
-            decoder: ``rnnt`` or ``ctc``, the bundle's default if None.
+            decoder: ``rnnt``, ``ctc`` (greedy) or ``ctc-beam`` (with the bundle's language model),
+                the bundle's default if None.
             right_context_ms: one of ``bundle.right_contexts_ms``, the bundle's default if None.
             endpoint: when segments end, None for one segment however long.
 
@@ -96,6 +109,9 @@ class Recognizer:
             decoder=decoder,
             endpoint=endpoint,
             encoder_state=self._start,
+            ctc=CtcBeam(self._fusion, bundle.blank)
+            if decoder == "ctc-beam"
+            else CtcGreedy(bundle.blank),
             rnnt=self._rnnt.start if self._rnnt and decoder == "rnnt" else None,
         )
 
@@ -168,9 +184,15 @@ class Recognizer:
             streams[i].rnnt = after
             streams[i].transcript.accept(said)
         for i, stream in enumerate(streams):
-            if stream.decoder == "ctc":
-                span = stream.frames()
-                log_probs = frames[OUTPUT["ctc"]][i, : len(span)]
+            if stream.decoder == "rnnt":
+                continue
+            span = stream.frames()
+            log_probs = frames[OUTPUT["ctc"]][i, : len(span)]
+            if isinstance(stream.ctc, CtcBeam):
+                endpointer = stream.transcript.endpointer()
+                stream.transcript.accept(stream.ctc.accept(log_probs, span.start, endpointer))
+                stream.transcript.pending = stream.ctc.pending
+            else:
                 stream.transcript.accept(stream.ctc.accept(log_probs, span.start))
         for stream, slot in zip(streams, unstack(state, len(streams)), strict=True):
             stream.encoder_state = slot

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from loquent.engine.bundle import Bundle, Decoder
 from loquent.engine.chunker import Chunker, flush_frames
+from loquent.engine.decode import Frame
 from loquent.engine.decode.ctc import CtcGreedy
+from loquent.engine.decode.ctc_beam import CtcBeam
 from loquent.engine.decode.rnnt import RnntState
 from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import AudioError, BufferFull, ConfigError, StreamClosed
@@ -41,7 +43,7 @@ class Stream:
 
     Attributes:
         sample_rate: Hz of the audio that ``accept`` takes.
-        decoder: ``rnnt`` or ``ctc``.
+        decoder: ``rnnt``, ``ctc`` or ``ctc-beam``.
         segment, right_context: of the encoder's windows, in feature frames.
         done: everything is recognised and the last event is out.
         encoder_state, ctc, rnnt, transcript: for the recogniser only.
@@ -57,6 +59,7 @@ class Stream:
         decoder: Decoder,
         endpoint: EndpointRules | None,
         encoder_state: Slot,
+        ctc: CtcGreedy | CtcBeam,
         rnnt: RnntState | None,
     ) -> None:
         if not MIN_RATE <= sample_rate <= MAX_RATE:
@@ -70,7 +73,7 @@ class Stream:
         self.segment = segment
         self.right_context = right_context
         self.encoder_state = encoder_state
-        self.ctc = CtcGreedy(bundle.blank)
+        self.ctc = ctc
         self.rnnt = rnnt
         self.transcript = Transcript(bundle.tokens, bundle.frame_seconds, endpoint)
         self.done = False
@@ -196,6 +199,10 @@ class Stream:
 
     def end(self) -> None:
         """Everything is recognised."""
+        if isinstance(self.ctc, CtcBeam):
+            last = self._chunker.start // self._subsampling
+            self.transcript.pending = ()
+            self.transcript.accept([Frame(last, self.ctc.flush(), False)])
         self.transcript.end(self.received)
         self.done = True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import copy
 
 from loquent.engine.decode import Token
 from loquent.engine.events import Word
@@ -49,6 +50,16 @@ class Hypothesis:
         if self._growing and self._pieces[token.id].startswith(WORD_START):
             self._settle(limit)
         self._growing.append(token)
+
+    def followed_by(self, tokens: Sequence[Token], limit: float) -> Hypothesis:
+        """This hypothesis if these tokens came next; itself if there are none."""
+        if not tokens:
+            return self
+        longer = copy(self)
+        longer._settled, longer._growing = list(self._settled), list(self._growing)
+        for token in tokens:
+            longer.add(token, limit)
+        return longer
 
     @property
     def settled(self) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from copy import copy
 
-from loquent.engine.decode import Frame
+from loquent.engine.decode import Frame, Token
 from loquent.engine.endpoint import Endpointer, EndpointRules
 from loquent.engine.events import Ended, Event, Final, Partial, Reason, Word
 from loquent.engine.text import Hypothesis
@@ -21,6 +21,7 @@ class Transcript:
         rules: when a segment ends.
 
     Attributes:
+        pending: tokens that a beam search may still change, behind all that were accepted.
         limit: seconds; no time of a word goes beyond it. To be set to the length of the audio
             before the frames that were padded to it.
     """
@@ -29,6 +30,7 @@ class Transcript:
         self, pieces: Sequence[str], frame_seconds: float, rules: EndpointRules | None
     ) -> None:
         self.limit = math.inf
+        self.pending: tuple[Token, ...] = ()
         self._hypothesis = Hypothesis(pieces, frame_seconds)
         self._endpointer = Endpointer(rules, frame_seconds)
         self._segment = 0
@@ -62,9 +64,11 @@ class Transcript:
 
     def show(self) -> None:
         """Say what the segment is so far, unless that was the last thing said."""
-        words = self._hypothesis.words(self.limit)
         committed = self._hypothesis.committed
-        tentative = self._hypothesis.tentative
+        settled = len(self._hypothesis.words(self.limit)) - bool(self._hypothesis.tentative)
+        shown = self._hypothesis.followed_by(self.pending, self.limit)
+        words = shown.words(self.limit)
+        tentative = " ".join(word.text for word in words[settled:])
         text = f"{committed} {tentative}".strip()
         if text != self._shown:
             self._shown = text

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loquent.engine.audio import load_audio
+from loquent.engine.bundle import DECODERS
 from loquent.engine.encoder import OnnxEncoder
 from loquent.engine.errors import LoquentError
 from loquent.engine.recognizer import Recognizer
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle", default="en", help="name, folder or tar (default %(default)s)")
     parser.add_argument("--audio", type=Path, help="speech to feed (default: the bundled sample)")
     parser.add_argument("--chunk-ms", type=float, action="append", help="may be repeated")
-    parser.add_argument("--decoder", choices=("rnnt", "ctc"), action="append")
+    parser.add_argument("--decoder", choices=DECODERS, action="append")
     parser.add_argument("--steps", type=int, default=60, help="measured steps per row")
     parser.add_argument(
         "--torchaudio", action="store_true", help="compare with torchaudio (needs loquent[export])"

@@ -44,6 +44,8 @@ class BundleSpec:
         chunks_ms, chunk_ms: chunk sizes on offer, and the default.
         right_contexts_ms, right_context_ms: the same for the right context.
         default_decoder: ``rnnt`` or ``ctc``.
+        lm: a word language model of ``loquent lm`` for beam search.
+        lm_weight, word_bonus: how much it counts.
         training, scores, licence: for people.
     """
 
@@ -59,6 +61,9 @@ class BundleSpec:
     right_contexts_ms: Sequence[int] = RIGHT_CONTEXTS_MS
     right_context_ms: int = 40
     default_decoder: str = "rnnt"
+    lm: bytes | None = None
+    lm_weight: float = 0.4
+    word_bonus: float = 1.5
     training: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,6 +124,7 @@ def write_bundle(student: Student, spec: BundleSpec, folder: Path) -> Bundle:
             "ctc": config.ctc,
             "rnnt": _rnnt(student, partial) if config.joiner_dim else None,
         },
+        **_language_model(spec, partial),
         "default_decoder": spec.default_decoder,
         "vocab_size": config.vocab,
         "blank": config.blank,
@@ -209,6 +215,14 @@ def _encoder(student: Student, lengths: dict[str, Any], folder: Path) -> dict[st
             for name, shape in encoder.state_shapes().items()
         ],
     }
+
+
+def _language_model(spec: BundleSpec, folder: Path) -> dict[str, Any]:
+    if spec.lm is None:
+        return {}
+    (folder / "lm.npz").write_bytes(spec.lm)
+    weights = {"weight": spec.lm_weight, "word_bonus": spec.word_bonus}
+    return {"lm": {**_file(folder, "lm.npz"), **weights}}
 
 
 def _rnnt(student: Student, folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loquent.engine.bundle import Bundle
+from loquent.engine.bundle import DECODERS, Bundle
 from loquent.engine.errors import LoquentError
 from loquent.engine.features import whisper_spec
 from loquent.engine.fields import MANIFEST
@@ -110,6 +110,9 @@ def _spec(checkpoint: Checkpoint, args: argparse.Namespace) -> BundleSpec:
         licence=args.licence,
         languages={args.language: "default"},
         default_decoder=args.decoder or ("rnnt" if checkpoint.student.config.joiner_dim else "ctc"),
+        lm=args.lm.read_bytes() if args.lm else None,
+        lm_weight=args.lm_weight,
+        word_bonus=args.word_bonus,
         training={
             key: checkpoint.state[key]
             for key in ("origin", "progress", "training")
@@ -175,7 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bundle-version", default="0.1.0")
     parser.add_argument("--language", default="en")
     parser.add_argument("--licence", default="unknown", help="licence of the weights, in words")
-    parser.add_argument("--decoder", choices=("rnnt", "ctc"), help="default decoder of the bundle")
+    parser.add_argument("--decoder", choices=DECODERS, help="default decoder of the bundle")
+    parser.add_argument("--lm", type=Path, help="word language model of `loquent lm`")
+    parser.add_argument("--lm-weight", type=float, default=0.4, help="(default %(default)s)")
+    parser.add_argument("--word-bonus", type=float, default=1.5, help="(default %(default)s)")
     parser.add_argument(
         "--weights",
         type=Path,
@@ -199,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     try:
         _export(args)
-    except (CheckpointError, DataError, ExportRefused, LoquentError) as error:
+    except (CheckpointError, DataError, ExportRefused, LoquentError, OSError) as error:
         print(f"loquent export: {error}", file=sys.stderr)
         return 1
     return 0

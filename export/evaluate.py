@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from loquent.engine.audio import load_audio
-from loquent.engine.bundle import Bundle
+from loquent.engine.bundle import DECODERS, Bundle
 from loquent.engine.errors import LoquentError
 from loquent.engine.events import Final
 from loquent.engine.recognizer import Recognizer
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--chunk-ms", type=float, action="append", help="may be repeated (default: all it offers)"
     )
-    parser.add_argument("--decoder", choices=("rnnt", "ctc"), action="append", help="default: all")
+    parser.add_argument("--decoder", choices=DECODERS, action="append", help="default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=_BATCH, help="clips side by side")
     args = parser.parse_args(argv)

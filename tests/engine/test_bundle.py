@@ -40,7 +40,7 @@ def test_facts(tiny_bundle: Path) -> None:
     assert bundle.chunks_ms == (40, 80, 160, 320, 640, 1280)
     assert bundle.right_contexts_ms == (0, 40, 80)
     assert bundle.frame_seconds == 0.04
-    assert bundle.decoders == ("rnnt", "ctc")
+    assert bundle.decoders == ("rnnt", "ctc", "ctc-beam")
     assert bundle.tokens[1] == "▁ba"
     assert bundle.manifest["licence"] == "Apache-2.0"
 

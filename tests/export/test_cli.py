@@ -26,7 +26,7 @@ def test_float_export(fp32: Any, run: Path) -> None:
         torch.testing.assert_close(half[name], weight, atol=1e-3, rtol=1e-3)
     bundle = Bundle.load(fp32.folder)
     assert (bundle.name, bundle.precision, bundle.default_decoder) == ("toy", "fp32", "ctc")
-    assert bundle.decoders == ("rnnt", "ctc")
+    assert bundle.decoders == ("rnnt", "ctc", "ctc-beam")
     assert bundle.manifest["licence"] == "none"
     assert bundle.manifest["training"]["progress"]["step"] == 400
     assert bundle.manifest["training"]["origin"] == {"start": "random weights"}
@@ -48,6 +48,8 @@ def test_int8_export(int8: Any, fp32: Any) -> None:
         ("int8", "rnnt", 320.0),
         ("fp32", "ctc", 320.0),
         ("int8", "ctc", 320.0),
+        ("fp32", "ctc-beam", 320.0),
+        ("int8", "ctc-beam", 320.0),
     ]
     assert scores[0]["set"] == "corpus.jsonl"
     assert scores[0]["wer"] == {"even": 0.0, "odd": 0.0}
@@ -66,7 +68,7 @@ def test_manifests_are_strict_json(fp32: Any, int8: Any) -> None:
 
 def test_gate_refuses_int8_that_loses_too_much(fp32: Any, int8: Any, corpus: Path) -> None:
     utterances = read_manifest(corpus)[:4]
-    assert len(check_int8(fp32.folder, int8.folder, utterances, 0.0)) == 4
+    assert len(check_int8(fp32.folder, int8.folder, utterances, 0.0)) == 6
     with pytest.raises(
         ExportRefused,
         match=r"int8 costs 0\.00 points of WER with rnnt, allowed are -1\.00; ship fp32",

@@ -124,7 +124,9 @@ def test_everything_the_bundle_offers_is_the_default(
     assert main([str(manifest), "--bundle", str(fp32.folder)]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert {(row["decoder"], row["chunk_ms"]) for row in rows} == {
-        (decoder, chunk) for decoder in ("rnnt", "ctc") for chunk in (40, 80, 160, 320, 640, 1280)
+        (decoder, chunk)
+        for decoder in ("rnnt", "ctc", "ctc-beam")
+        for chunk in (40, 80, 160, 320, 640, 1280)
     }
 
 
