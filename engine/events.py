@@ -29,8 +29,9 @@ class Partial:
         start, end: first word's start, last word's end.
         committed: words that will never change; a prefix of everything that follows in this
             segment.
-        tentative: the word that is still growing.
-        words: committed words and, last, the tentative one.
+        tentative: what may still change: the word that is growing and, with a beam search, the
+            words that hypotheses differ in. Where all of it was taken back, text is empty.
+        words: committed words, then the tentative ones.
     """
 
     segment: int

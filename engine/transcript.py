@@ -35,6 +35,7 @@ class Transcript:
         self._endpointer = Endpointer(rules, frame_seconds)
         self._segment = 0
         self._shown = ""
+        self._since = 0.0  # start of what was last shown
         self._events: list[Event] = []
 
     def events(self) -> list[Event]:
@@ -63,7 +64,10 @@ class Transcript:
                 self._endpointer.restart(self._hypothesis.growing_since)
 
     def show(self) -> None:
-        """Say what the segment is so far, unless that was the last thing said."""
+        """Say what the segment is so far, unless that was the last thing said.
+
+        A beam search may take back all it said: then the text is empty.
+        """
         committed = self._hypothesis.committed
         settled = len(self._hypothesis.words(self.limit)) - bool(self._hypothesis.tentative)
         shown = self._hypothesis.followed_by(self.pending, self.limit)
@@ -72,11 +76,13 @@ class Transcript:
         text = f"{committed} {tentative}".strip()
         if text != self._shown:
             self._shown = text
+            if words:
+                self._since = words[0].start
             self._events.append(
                 Partial(
                     segment=self._segment,
-                    start=words[0].start,
-                    end=words[-1].end,
+                    start=self._since,
+                    end=words[-1].end if words else self._since,
                     committed=committed,
                     tentative=tentative,
                     words=words,
@@ -86,6 +92,8 @@ class Transcript:
     def end(self, duration: float) -> None:
         """The stream is over: settle what is left and say so."""
         self._final(self._hypothesis.finish(self.limit), "end")
+        self.pending = ()
+        self.show()
         self._events.append(Ended(duration=duration, segments=self._segment))
 
     def _final(self, words: tuple[Word, ...], reason: Reason) -> None:
