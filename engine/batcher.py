@@ -34,12 +34,23 @@ logger = logging.getLogger(__name__)
 HIGH_WATER = 2.0
 # Audio goes into a stream in pieces of this many seconds: any message then fits below its limit.
 PIECE = 0.1
+# Pieces and marks in an inbox from which on `feed` waits, however short they are.
+MAX_PIECES = 256
 # Events that may wait for a slow client before its lane pauses; its partials are merged into one.
 MAX_OUTBOX = 64
 # More streams than this go into the next round, so that one round stays short for everybody.
 MAX_BATCH = 32
 
-Update = tuple[Event, Progress]
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Marked:
+    """The answer to the oldest `Lane.mark` that has none yet."""
+
+
+_MARK = Marked()
+Update = tuple[Event | Marked, Progress]
+# What waits for the worker, in order: audio, and marks between the audio.
+Inbox = deque[Pcm | Marked]
 
 
 class Lane:
@@ -49,7 +60,7 @@ class Lane:
         self._batcher = batcher
         self._stream = stream
         self._sample_rate = sample_rate
-        self._inbox: deque[Pcm] = deque()
+        self._inbox: Inbox = deque()
         self._waiting = 0  # samples in the inbox
         self._progress = Progress(received=0.0, processed=0.0)
         self._finishing = False
@@ -64,14 +75,19 @@ class Lane:
 
         Raises whatever made the lane fail.
         """
-        while self._error is None and self.waiting >= HIGH_WATER:
-            self._room.clear()
-            await self._room.wait()
-        if self._error is not None:
-            raise self._error
+        await self._enter()
         size = max(1, int(PIECE * self._sample_rate))
         self._inbox.extend(pcm[at : at + size] for at in range(0, len(pcm), size))
         self._waiting += len(pcm)
+        self._batcher.wake()
+
+    async def mark(self) -> None:
+        """`Marked` comes out once all audio before it is recognised as far as chunks go.
+
+        Waits and raises as `feed` does.
+        """
+        await self._enter()
+        self._inbox.append(_MARK)
         self._batcher.wake()
 
     def finish(self) -> None:
@@ -112,6 +128,15 @@ class Lane:
         """Forget the session; what is not recognised yet never will be. Idempotent."""
         self._batcher.remove(self)
 
+    async def _enter(self) -> None:
+        while self._error is None and (
+            self.waiting >= HIGH_WATER or len(self._inbox) >= MAX_PIECES
+        ):
+            self._room.clear()
+            await self._room.wait()
+        if self._error is not None:
+            raise self._error
+
     @property
     def _has_work(self) -> bool:
         if self._error is not None or len(self._outbox) >= MAX_OUTBOX:
@@ -119,11 +144,11 @@ class Lane:
         if self._stream.ready:
             return True
         if self._inbox:
-            return self._stream.wants_audio
+            return self._stream.wants_audio or isinstance(self._inbox[0], Marked)
         return self._finishing and not self._finished
 
     def _take(self) -> _Job:
-        pieces, self._inbox = self._inbox, deque()
+        pieces, self._inbox = self._inbox, deque[Pcm | Marked]()
         return _Job(
             lane=self,
             stream=self._stream,
@@ -170,7 +195,7 @@ class _Job:
 
     lane: Lane
     stream: Stream
-    pieces: deque[Pcm]
+    pieces: Inbox
     finish: bool
     accepted: int = 0  # samples
     finished: bool = False
@@ -182,9 +207,18 @@ class _Job:
     def accept(self) -> None:
         """Move audio into the stream, as much as it wants."""
         try:
-            while self.pieces and self.stream.wants_audio:
-                self.stream.accept(self.pieces[0])
-                self.accepted += len(self.pieces.popleft())
+            while self.pieces:
+                piece = self.pieces[0]
+                if isinstance(piece, Marked):
+                    if self.stream.ready:
+                        break  # what it said before the mark comes first
+                    self.updates.append((piece, self._progress()))
+                elif self.stream.wants_audio:
+                    self.stream.accept(piece)
+                    self.accepted += len(piece)
+                else:
+                    break
+                self.pieces.popleft()
         except BufferFull:
             pass  # nothing was taken; the piece goes in once a chunk has come out
         if self.finish and not self.pieces:
@@ -193,9 +227,11 @@ class _Job:
 
     def collect(self) -> None:
         """Take the stream's events."""
-        progress = Progress(received=self.stream.received, processed=self.stream.processed)
-        self.progress = progress
+        progress = self.progress = self._progress()
         self.updates.extend((event, progress) for event in self.stream.events())
+
+    def _progress(self) -> Progress:
+        return Progress(received=self.stream.received, processed=self.stream.processed)
 
 
 class Batcher:

@@ -1,11 +1,12 @@
 """The captioning server: WebSocket sessions, the web page and ``/healthz`` on one port.
 
-    socket -> ServerProtocol -> Lane.feed -> [Batcher] -> Lane.events -> ServerProtocol -> socket
+    socket -> WireSession -> Lane.feed -> [Batcher] -> Lane.events -> WireSession -> socket
 
-Every session has a reader and a writer, and nothing else runs for it on the event loop. The reader
-stops reading while the lane is full, so that TCP itself slows a client down that sends faster than
-we recognise. The writer alone waits for a client that does not read; when that takes too long the
-session ends, and nobody else has noticed.
+The path of the request chooses the wire protocol (`loquent.engine.wire`). Every session has a
+reader and a writer, and nothing else runs for it on the event loop. The reader stops reading while
+the lane is full, so that TCP itself slows a client down that sends faster than we recognise. Where
+a client does not read, its own session waits; when that takes too long the session ends, and
+nobody else has noticed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import asyncio
 import dataclasses
 import logging
 import secrets
+import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from http import HTTPStatus
 from importlib.resources.abc import Traversable
@@ -30,22 +33,28 @@ from websockets.typing import Subprotocol
 
 from loquent.engine import web
 from loquent.engine.batcher import Batcher, Lane
-from loquent.engine.events import Ended
 from loquent.engine.protocol import (
     MAX_MESSAGE,
-    PATH,
-    SUBPROTOCOL,
     Audio,
     End,
     Ready,
-    ServerProtocol,
     Start,
-    State,
     WireError,
     as_wire_error,
 )
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.recorder import Recorder
+from loquent.engine.wire.dispatch import Bare, is_wire, open_session
+from loquent.engine.wire.session import (
+    Actions,
+    Close,
+    Context,
+    Handshake,
+    Mark,
+    Refused,
+    Send,
+    WireSession,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +63,11 @@ logger = logging.getLogger(__name__)
 class ServerConfig:
     """How to serve. Times in seconds; port 0 takes any free one.
 
-    page: the folder of the web page, None for no page. record: a folder in which the audio of every
-    session is kept as a wav file, for debugging. allow_origins: web origins other than the server's
-    own and this machine's whose pages may connect. idle_timeout: how long a client may say nothing.
-    send_timeout: how long it may leave a message unread. drain_timeout: how long sessions may take
-    to finish when the server is stopped.
+    page: the folder of the web page, None for no page. bare: the protocol of a WebSocket at ``/``.
+    record: a folder in which the audio of every session is kept as a wav file, for debugging.
+    allow_origins: web origins other than the server's own and this machine's whose pages may
+    connect. idle_timeout: how long a client may say nothing. send_timeout: how long it may leave a
+    message unread. drain_timeout: how long sessions may take to finish when the server is stopped.
     """
 
     host: str = "127.0.0.1"
@@ -66,6 +75,7 @@ class ServerConfig:
     chunk_ms: int = 320
     max_sessions: int = 64
     page: Traversable | None = None
+    bare: Bare = "vosk"
     record: Path | None = None
     allow_origins: Collection[str] = ()
     idle_timeout: float = 60.0
@@ -92,7 +102,9 @@ class Server:
                 self.config.host,
                 self.config.port,
                 process_request=self._process_request,
+                process_response=_add_headers,
                 select_subprotocol=_select_subprotocol,
+                create_connection=_Connection,
                 server_header="loquent",
                 # Audio does not deflate, and a small message could inflate into a huge one.
                 compression=None,
@@ -138,23 +150,46 @@ class Server:
     def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
         path = request.path.partition("?")[0]
         method = getattr(request, "method", "GET")  # older websockets know only GET
-        if path == PATH and request.headers.get("Upgrade") is not None:
-            origin, host = request.headers.get("Origin"), request.headers.get("Host")
-            if web.origin_allowed(origin, host, self.config.allow_origins):
-                return None
-            return web.respond_text(
-                HTTPStatus.FORBIDDEN,
-                f"Pages from {origin} may not connect; start the server with --allow-origin.",
-            )
+        if is_wire(path) and request.headers.get("Upgrade") is not None:
+            return self._open(connection, request)
         if method not in ("GET", "HEAD"):
             return web.respond_text(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET works here.")
-        if path == PATH:
+        if is_wire(path) and path != "/":
             return web.respond_text(HTTPStatus.UPGRADE_REQUIRED, "This address is a WebSocket.")
         head = method == "HEAD"
         if path == "/healthz":
             status = HTTPStatus.SERVICE_UNAVAILABLE if self._draining else HTTPStatus.OK
             return web.respond_json(status, self._health(), head=head)
         return web.static_file(self.config.page, path, head=head)
+
+    def _open(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Make the session that a WebSocket request asks for, or say why there is none."""
+        assert isinstance(connection, _Connection), "made by create_connection"
+        headers: dict[str, str] = {}
+        for name, value in request.headers.raw_items():
+            known = headers.get(name.lower())
+            headers[name.lower()] = value if known is None else f"{known}, {value}"
+        origin = headers.get("origin")
+        if not web.origin_allowed(origin, headers.get("host"), self.config.allow_origins):
+            return web.respond_text(
+                HTTPStatus.FORBIDDEN,
+                f"Pages from {origin} may not connect; start the server with --allow-origin.",
+            )
+        bundle = self.recognizer.bundle
+        context = Context(
+            session=connection.session_id,
+            bundle=bundle.name,
+            languages=bundle.languages,
+            now=time.time(),
+        )
+        try:
+            handshake = Handshake.parse(request.path, headers)
+            connection.wire = open_session(handshake, context, bare=self.config.bare)
+        except Refused as refused:
+            response = web.respond_text(refused.status, str(refused))
+            response.headers.update(refused.headers)
+            return response
+        return None
 
     def _health(self) -> dict[str, Any]:
         return {
@@ -165,6 +200,7 @@ class Server:
         }
 
     async def _handle(self, connection: ServerConnection) -> None:
+        assert isinstance(connection, _Connection), "made by create_connection"
         session = _Session(self, connection)
         if len(self._sessions) >= self.config.max_sessions:
             limit = self.config.max_sessions
@@ -180,22 +216,33 @@ class Server:
             self._sessions.discard(session)
 
 
+class _Connection(ServerConnection):
+    """A WebSocket with the session that its request asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.session_id = secrets.token_hex(8)
+        self.wire: WireSession
+
+
 class _Session:
     """One client, from its connection to its end."""
 
-    def __init__(self, server: Server, connection: ServerConnection) -> None:
+    def __init__(self, server: Server, connection: _Connection) -> None:
         self._server = server
         self._config = server.config
         self._connection = connection
-        self._id = secrets.token_hex(8)
-        self._protocol = ServerProtocol(languages=server.recognizer.bundle.languages)
+        self._id = connection.session_id
+        self._wire = connection.wire
         self._lane: Lane | None = None
         self._recorder: Recorder | None = None
         self._reader: asyncio.Task[None] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._stopping = False
-        # What to tell the client in place of `ended`, when it was not the client that ended it.
-        self._reason: WireError | None = None
+        # Messages in the order in which the protocol made them, whoever comes to send them.
+        self._outgoing: deque[str] = deque()
+        self._sending = asyncio.Lock()
+        self._close_with: Close | None = None
 
     async def run(self) -> None:
         """Serve the client until either side is done."""
@@ -203,10 +250,10 @@ class _Session:
         try:
             await self._serve()
         except ConnectionClosed as exc:
-            self._protocol.lost()
+            self._wire.lost()
             logger.info("session %s: client gone (%s)", self._id, exc)
         except _UnreadError:
-            self._protocol.lost()
+            self._wire.lost()
             logger.info("session %s: client does not read; cut off", self._id)
             self.abort()
         except Exception as exc:
@@ -218,13 +265,12 @@ class _Session:
                 self._lane.close()
             if self._recorder is not None:
                 await asyncio.to_thread(self._recorder.close)
-            logger.info("session %s: %s", self._id, self._protocol.state.value)
+            logger.info("session %s: %s", self._id, self._wire.state)
 
     def stop(self) -> None:
         """The server is going down: read no more, finish what was heard."""
         self._stopping = True
-        if self._reader is not None:
-            self._reader.cancel()
+        self._stop_reading()
 
     def abort(self) -> None:
         """Cut the connection."""
@@ -233,63 +279,85 @@ class _Session:
 
     async def fail(self, error: Exception) -> None:
         """Tell the client why it cannot go on, and close."""
-        text, code = self._protocol.error(error)
-        logger.info("session %s: %s", self._id, text)
+        logger.info("session %s: %s", self._id, as_wire_error(error))
         try:
-            await self._send(text)
+            await self._perform(self._wire.error(error))
         except (ConnectionClosed, _UnreadError):
             self.abort()
         else:
-            await self._close(code, str(as_wire_error(error)))
+            await self._close()
 
     async def _serve(self) -> None:
-        self._reader = asyncio.create_task(self._read())
-        if self._stopping:
-            self._reader.cancel()
         try:
+            await self._perform(self._wire.connected())
+            self._reader = asyncio.create_task(self._read())
+            if self._stopping or (self._writer is not None and self._writer.done()):
+                self._reader.cancel()
             await asyncio.wait([self._reader])  # the writer cancels it when it is done first
-            if self._writer is None or not self._writer.done():
-                if not self._reader.cancelled():
-                    self._reader.result()
-                # Reading ended by our wish: the server stops, or the client has been idle.
-                if self._lane is not None and self._writer is not None:
-                    self._protocol.end()
-                    self._lane.finish()
-                    await asyncio.wait([self._writer])
-            if self._writer is not None:
+            if self._writer is not None and self._writer.done():
                 self._writer.result()
-            await self._close(CloseCode.GOING_AWAY if self._stopping else CloseCode.NORMAL_CLOSURE)
+            if not self._reader.cancelled():
+                self._reader.result()
+            if self._close_with is None:
+                # Reading ended by our wish: the server stops, or the client has been silent.
+                await self._perform(self._wire.end(None if self._stopping else self._silent()))
+                if self._writer is not None:
+                    await asyncio.wait([self._writer])
+                    self._writer.result()
+            await self._close()
         finally:
             tasks = [task for task in (self._reader, self._writer) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _stop_reading(self) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+
+    @property
+    def _patience(self) -> float:
+        return self._wire.patience or self._config.idle_timeout
+
+    def _silent(self) -> WireError:
+        idle = WireError("idle", f"got nothing for {self._patience:g} s; connect again to go on")
+        logger.info("session %s: %s", self._id, idle)
+        return idle
+
     async def _read(self) -> None:
-        while True:
+        while self._close_with is None:
             try:
-                # After `end` the client has nothing to say, for as long as we need.
-                draining = self._protocol.state is State.DRAINING
-                async with asyncio.timeout(None if draining else self._config.idle_timeout):
+                async with asyncio.timeout(None if self._wire.draining else self._patience):
                     message = await self._connection.recv()
             except TimeoutError:
-                seconds = self._config.idle_timeout
-                idle = WireError("idle", f"got nothing for {seconds:g} s; connect again to go on")
-                if self._lane is None:
-                    raise idle from None
-                self._reason = idle
                 return
-            match self._protocol.receive(message):
-                case Start() as start:
-                    await self._start(start)
+            await self._perform(self._wire.receive(message))
+
+    async def _perform(self, actions: Actions) -> None:
+        """Do what the protocol wants; messages go out first, in the order they were made in."""
+        if said := [action.text for action in actions if isinstance(action, Send)]:
+            # All are in line before this waits for anything: the other task may go on then.
+            self._outgoing.extend(said)
+            async with self._sending:
+                while self._outgoing:
+                    await self._send(self._outgoing.popleft())
+        for action in actions:
+            match action:
+                case Start():
+                    await self._start(action)
                 case Audio(pcm=pcm):
-                    assert self._lane is not None, "the protocol takes no audio before start"
+                    assert self._lane is not None, "protocols start before they hear"
                     if self._recorder is not None:
                         await asyncio.to_thread(self._recorder.write, pcm)
                     await self._lane.feed(pcm)
+                case Mark():
+                    assert self._lane is not None, "protocols start before they hear"
+                    await self._lane.mark()
                 case End():
-                    assert self._lane is not None, "the protocol takes no end before start"
+                    assert self._lane is not None, "protocols start before they end"
                     self._lane.finish()
+                case Close():
+                    self._close_with = action
 
     async def _start(self, start: Start) -> None:
         recognizer = self._server.recognizer
@@ -302,32 +370,22 @@ class _Session:
         if self._config.record is not None:
             self._recorder = await asyncio.to_thread(Recorder, self._config.record, self._id, start)
         self._lane = self._server.batcher.add(stream, start.sample_rate)
-        await self._send(
-            self._protocol.ready(
-                Ready(
-                    session=self._id,
-                    bundle=recognizer.bundle.name,
-                    decoder=stream.decoder,
-                    chunk_ms=recognizer.bundle.milliseconds(stream.segment),
-                    latency_ms=stream.latency_ms,
-                    sample_rate=start.sample_rate,
-                )
-            )
-        )
-        reader = asyncio.current_task()
-        assert reader is not None, "runs in a task"
         self._writer = asyncio.create_task(self._write(self._lane))
-        self._writer.add_done_callback(lambda _: reader.cancel())
+        self._writer.add_done_callback(lambda _: self._stop_reading())
+        ready = Ready(
+            session=self._id,
+            bundle=recognizer.bundle.name,
+            decoder=stream.decoder,
+            chunk_ms=recognizer.bundle.milliseconds(stream.segment),
+            latency_ms=stream.latency_ms,
+            sample_rate=start.sample_rate,
+        )
+        await self._perform(self._wire.ready(ready))
 
     async def _write(self, lane: Lane) -> None:
-        while True:
+        while self._close_with is None:
             for event, progress in await lane.events():
-                ended = isinstance(event, Ended)
-                if ended and self._reason is not None:
-                    raise self._reason
-                await self._send(self._protocol.event(event, progress))
-                if ended:
-                    return
+                await self._perform(self._wire.event(event, progress))
 
     @property
     def _gone(self) -> bool:
@@ -344,9 +402,13 @@ class _Session:
         except TimeoutError:
             raise _UnreadError from None
 
-    async def _close(self, code: int, reason: str = "") -> None:
+    async def _close(self) -> None:
+        close = self._close_with or Close()
+        code = close.code
+        if self._stopping and code == CloseCode.NORMAL_CLOSURE:
+            code = CloseCode.GOING_AWAY
         # A close frame holds 125 bytes, two of them the code.
-        reason = reason.encode()[:123].decode(errors="ignore")
+        reason = close.reason.encode()[:123].decode(errors="ignore")
         if self._gone:
             return
         try:
@@ -363,5 +425,12 @@ class _UnreadError(Exception):
 def _select_subprotocol(
     connection: ServerConnection, offered: Sequence[Subprotocol]
 ) -> Subprotocol | None:
-    # Naming the subprotocol is optional, and one that we do not know is no reason to refuse.
-    return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None
+    assert isinstance(connection, _Connection), "made by create_connection"
+    chosen = connection.wire.subprotocol
+    return None if chosen is None else Subprotocol(chosen)
+
+
+def _add_headers(connection: ServerConnection, request: Request, response: Response) -> None:
+    assert isinstance(connection, _Connection), "made by create_connection"
+    if response.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
+        response.headers.update(connection.wire.headers)

@@ -1,0 +1,1 @@
+"""Wire protocols without sockets: one interface, one session class for each protocol."""
