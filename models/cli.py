@@ -32,6 +32,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MANIFEST[=SHARE]",
         help="JSONL manifest to train on; SHARE is the part drawn per epoch (default 1)",
     )
+    parser.add_argument(
+        "--noise",
+        type=Path,
+        metavar="MANIFEST",
+        help="JSONL manifest of recorded noise to add to the speech (audio and duration)",
+    )
     parser.add_argument("--dev", required=True, type=Path, help="JSONL manifest to watch")
     parser.add_argument("--run", required=True, type=Path, help="folder of the run")
     parser.add_argument("--features", type=Path, help="folder of the feature cache (RUN/features)")
@@ -156,6 +162,9 @@ def _run(args: argparse.Namespace) -> None:
             "excluded_licences": args.exclude_licence,
             "start": _origin(args),
         },
+        noise=FeatureCache(read_manifest(args.noise, labelled=False), spec, cache)
+        if args.noise
+        else None,
     )
     trainer.fit()
     print(json.dumps({"run": str(args.run), **vars(trainer.progress)}))

@@ -55,12 +55,16 @@ class Utterance:
 
 
 def read_manifest(
-    path: Path, *, exclude_licences: Sequence[str] = (), max_seconds: float = 30.0
+    path: Path,
+    *,
+    exclude_licences: Sequence[str] = (),
+    max_seconds: float = 30.0,
+    labelled: bool = True,
 ) -> list[Utterance]:
     """Rows of a JSONL manifest whose licence contains none of ``exclude_licences``.
 
     Rows without text, with digits left (how they were read is unknown) or over ``max_seconds`` are
-    left out.
+    left out. Noise needs no text: ``labelled=False`` takes every row.
 
     Raises:
         DataError: no such file, a line that is no JSON object, or a field that is missing.
@@ -78,7 +82,7 @@ def read_manifest(
             continue
         try:
             row: dict[str, Any] = json.loads(line)
-            text = normalise(row["text"] or "")
+            text = normalise(row["text"] or "") if labelled else ""
             utterance = Utterance(
                 audio=path.parent / row["audio"],
                 text=text,
@@ -92,7 +96,7 @@ def read_manifest(
             ) from error
         licence = str(row.get("licence", ""))
         unusable = not text or any(c.isdigit() for c in text) or utterance.duration > max_seconds
-        if unusable or any(part in licence for part in exclude_licences):
+        if (labelled and unusable) or any(part in licence for part in exclude_licences):
             continue
         rows.append(utterance)
     return rows
@@ -171,19 +175,38 @@ class Augment:
         gain: largest change of level in dB, drawn uniformly (for ``log10`` features).
         freq_masks, freq_width: SpecAugment (arXiv 1904.08779) masks over mel bins.
         time_masks, time_width: the same over frames; at most a tenth of an utterance each.
+        noise, snr: how often noise is added (to the powers, so only to ``log10`` features), and the
+            range of its distance to the speech in dB.
+        reverb: how often a decaying tail is added to each frame's powers, as a room does.
     """
 
-    tempo: float = 0.08
-    warp: float = 0.05
+    tempo: float = 0.12
+    warp: float = 0.10
     gain: float = 8.0
-    freq_masks: int = 1
+    freq_masks: int = 2
     freq_width: int = 14
-    time_masks: int = 1
+    time_masks: int = 2
     time_width: int = 20
+    noise: float = 0.4
+    snr: tuple[float, float] = (0.0, 25.0)
+    reverb: float = 0.25
 
 
-def augment(x_TF: Tensor, spec: FeatureSpec, settings: Augment, rng: np.random.Generator) -> Tensor:
-    """A changed copy of one utterance's features: (T, F) -> (T', F)."""
+def augment(
+    x_TF: Tensor,
+    spec: FeatureSpec,
+    settings: Augment,
+    rng: np.random.Generator,
+    noises: Sequence[NDArray[np.float16]] = (),
+) -> Tensor:
+    """A changed copy of one utterance's features: (T, F) -> (T', F).
+
+    Args:
+        x_TF: features of ``spec``.
+        spec, settings: see there.
+        rng: everything random comes from it.
+        noises: features (T, F) of recorded noise to draw from beside the made one.
+    """
     frames, bins = x_TF.shape
     tempo = 1 + rng.uniform(-settings.tempo, settings.tempo)
     warp = 1 + rng.uniform(-settings.warp, settings.warp)
@@ -198,6 +221,8 @@ def augment(x_TF: Tensor, spec: FeatureSpec, settings: Augment, rng: np.random.G
     level = rng.uniform(-settings.gain, settings.gain) / 10 * float(spec.scale[0])
     silence = float(Fbank(spec).pad_frame[0])
     x = (x + level).clamp_(min=silence)
+    if spec.log == "log10":
+        x = _room_and_noise(x, spec, settings, rng, noises).clamp_(min=silence)
     mean = float(x.mean())
     for _ in range(settings.freq_masks):
         width = int(rng.integers(0, settings.freq_width + 1))
@@ -208,6 +233,48 @@ def augment(x_TF: Tensor, spec: FeatureSpec, settings: Augment, rng: np.random.G
         start = int(rng.integers(0, out_frames - width + 1))
         x[start : start + width] = mean
     return x
+
+
+_TAIL = 40  # frames of a room's decay that are worth computing
+_MADE = 0.3  # part of the noise that is made instead of drawn from recordings
+
+
+def _room_and_noise(
+    x_TF: Tensor,
+    spec: FeatureSpec,
+    settings: Augment,
+    rng: np.random.Generator,
+    noises: Sequence[NDArray[np.float16]],
+) -> Tensor:
+    room, noisy = rng.random() < settings.reverb, rng.random() < settings.noise
+    if not room and not noisy:
+        return x_TF
+    mean, scale = torch.from_numpy(spec.mean), torch.from_numpy(spec.scale)
+    power = torch.pow(10.0, x_TF / scale + mean)
+    if room:
+        # Sound decays by 60 dB in the reverberation time; the tail holds `direct` dB less than
+        # the direct sound. Powers of uncorrelated sounds add.
+        seconds, direct = rng.uniform(0.15, 0.8), rng.uniform(0.0, 12.0)
+        decay = 10 ** (-6.0 * spec.hop / spec.sample_rate / seconds)
+        tail = (1 - decay) * 10 ** (-direct / 10) * decay ** np.arange(_TAIL)
+        kernel = torch.from_numpy(np.append(tail[::-1], 1.0).astype(np.float32))
+        power = F.conv1d(F.pad(power.T[:, None], (_TAIL, 0)), kernel[None, None])[:, 0].T
+    if noisy:
+        if noises and rng.random() > _MADE:
+            noise = torch.from_numpy(noises[int(rng.integers(len(noises)))].astype(np.float32))
+            at = (torch.arange(len(power)) + int(rng.integers(len(noise)))) % len(noise)
+            sound = torch.pow(10.0, noise / scale + mean)[at]
+        else:
+            # Stationary noise of a drawn colour: bin powers are gamma-distributed around it.
+            colour = rng.uniform(-3.0, 0.5) * np.linspace(0, 1, len(scale)) + rng.normal(0, 0.2)
+            made = rng.gamma(3.0, 1 / 3.0, size=tuple(power.shape)) * 10**colour
+            sound = torch.from_numpy(made.astype(np.float32))
+        loud = power.sum(1)
+        # The level of speech is that of its louder half; pauses say nothing about it.
+        speech = loud[loud >= loud.median()].mean()
+        snr = rng.uniform(*settings.snr)
+        power = power + sound * (speech / sound.sum(1).mean().clamp(min=1e-12) * 10 ** (-snr / 10))
+    return (torch.log10(power.clamp(min=1e-10)) - mean) * scale
 
 
 @dataclass(frozen=True)

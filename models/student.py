@@ -6,6 +6,7 @@ Shape suffixes: B utterances, T feature frames, F features, N output frames, V v
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -120,6 +121,7 @@ class Student(nn.Module):
         targets_B: Tensor,
         *,
         rnnt: bool,
+        drop_above: float = math.inf,
     ) -> Losses:
         """CTC and transducer loss of encoded utterances, summed over the batch.
 
@@ -129,24 +131,31 @@ class Student(nn.Module):
             targets_BU: (B, U) int64 tokens, padded with the blank.
             targets_B: valid lengths of the targets.
             rnnt: compute the transducer loss (zero otherwise).
+            drop_above: utterances with a larger CTC loss a token, in nats, do not count; all do
+                if none has a smaller one.
         """
         c = self.config
         zero = encoded_BNE.new_zeros((), dtype=torch.float32)
         ctc = zero
+        kept_B = torch.ones_like(targets_B, dtype=torch.bool)
         if self.ctc is not None:
-            ctc = F.ctc_loss(
+            each_B = F.ctc_loss(
                 self.ctc_log_probs(encoded_BNE).transpose(0, 1),
                 targets_BU,
                 frames_B,
                 targets_B,
                 blank=c.blank,
-                reduction="sum",
+                reduction="none",
                 zero_infinity=True,
             )
+            small_B = each_B.detach() <= drop_above * targets_B
+            kept_B = small_B if bool(small_B.any()) else kept_B
+            ctc = each_B[kept_B].sum()
         transducer = zero
         if rnnt and c.joiner_dim:
             predicted = self.predictor(targets_BU, c.blank)
             projected = self.encoder_projection(encoded_BNE)
             logits = self.joiner(projected[:, :, None], predicted[:, None])
-            transducer = transducer_loss(logits, targets_BU, frames_B, targets_B, c.blank).sum()
-        return Losses(ctc=ctc, rnnt=transducer, tokens=int(targets_B.sum()))
+            each_B = transducer_loss(logits, targets_BU, frames_B, targets_B, c.blank)
+            transducer = each_B[kept_B].sum()
+        return Losses(ctc=ctc, rnnt=transducer, tokens=int(targets_B[kept_B].sum()))

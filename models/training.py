@@ -62,6 +62,10 @@ class TrainConfig:
         ema: decay of the running average of the weights, which is what gets evaluated.
         save_every, eval_every: steps.
         bf16: autocast of the encoder.
+        join: part of the batches in which every two utterances are put together to one, since
+            captions go on for longer than the utterances that recordings are cut into.
+        drop_above: an utterance whose CTC loss a token is above this many nats is left out: its
+            label is wrong more often than it is hard.
     """
 
     steps: int
@@ -90,6 +94,8 @@ class TrainConfig:
     save_every: int = 200
     eval_every: int = 500
     bf16: bool = True
+    join: float = 0.25
+    drop_above: float = 5.0
     augment: Augment = field(default_factory=Augment)
 
 
@@ -120,6 +126,7 @@ class Trainer:
         weights: share of each training utterance per epoch, see :func:`epoch_batches`.
         config: how to train.
         origin: what the weights started from, kept in the checkpoint for the model card.
+        noise: features of recorded noise, to be added to the speech.
     """
 
     def __init__(
@@ -132,10 +139,12 @@ class Trainer:
         weights: list[float],
         config: TrainConfig,
         origin: dict[str, Any],
+        noise: FeatureCache | None = None,
     ) -> None:
         self.run, self.student, self.tokenizer = run, student, tokenizer
         self.train, self.dev, self.weights = train, dev, weights
         self.config, self.origin = config, origin
+        self.noises = [noise[i] for i in range(len(noise))] if noise else []
         self.progress = Progress()
         self.spec: FeatureSpec = train.spec
         self.silence = torch.from_numpy(Fbank(self.spec).pad_frame)
@@ -228,13 +237,20 @@ class Trainer:
                 self.spec,
                 self.config.augment,
                 rng,
+                self.noises,
             )
             for i in indices
         ]
+        targets = [self.targets[i] for i in indices]
+        if rng.random() < c.join:
+            # Neighbours have about the same length, so little is padded.
+            pairs = range(0, len(indices), 2)
+            features = [torch.cat(features[k : k + 2]) for k in pairs]
+            targets = [[t for part in targets[k : k + 2] for t in part] for k in pairs]
         encoder = self.student.config.encoder
         batch = collate(
             features,
-            [self.targets[i] for i in indices],
+            targets,
             indices,
             self.silence,
             multiple=encoder.subsampling,
@@ -262,7 +278,12 @@ class Trainer:
         with_rnnt = step >= c.rnnt_from and self.student.config.joiner_dim > 0
         with torch.autocast("cpu", torch.bfloat16, enabled=c.bf16):
             losses = self.student.losses(
-                encoded.float(), frames, batch.targets_BU, batch.targets_B, rnnt=with_rnnt
+                encoded.float(),
+                frames,
+                batch.targets_BU,
+                batch.targets_B,
+                rnnt=with_rnnt,
+                drop_above=c.drop_above if step >= c.warmup else math.inf,
             )
         weight = c.ctc_weight if with_rnnt else 1.0
         loss = (weight * losses.ctc + (1 - weight) * losses.rnnt) / losses.tokens

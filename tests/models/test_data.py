@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from loquent.engine.audio import load_audio
 from loquent.engine.errors import AudioError
@@ -188,6 +190,8 @@ def test_a_broken_clip_leaves_no_cache(clips: list[Utterance], tmp_path: Path) -
 
 # Augmentation
 
+OFF = Augment(tempo=0, warp=0, gain=0, freq_masks=0, time_masks=0, noise=0, reverb=0)
+
 
 @settings(max_examples=60, deadline=None)
 @given(frames=st.integers(1, 300), seed=st.integers(0, 1000))
@@ -197,17 +201,24 @@ def test_augmented_features_are_like_features(frames: int, seed: int) -> None:
     before = x.clone()
     y = augment(x, SPEC, Augment(), rng)
     assert y.shape[1] == 80
-    assert 0.9 * frames - 1 <= len(y) <= frames / 0.9 + 1
+    assert frames / 1.12 - 1 <= len(y) <= frames / 0.88 + 1
     assert torch.isfinite(y).all()
     assert y.min() >= Fbank(SPEC).pad_frame[0]
     assert torch.equal(x, before)
 
 
+def test_noise_needs_no_label(write: Write) -> None:
+    row = {"audio": "dog.opus", "duration": 5.0}
+    [noise] = read_manifest(write(row), labelled=False)
+    assert (noise.audio.name, noise.text) == ("dog.opus", "")
+    with pytest.raises(DataError, match="text"):
+        read_manifest(write(row))
+
+
 def test_no_augmentation_changes_nothing() -> None:
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.normal(1, 0.1, (50, 80)).astype(np.float32))
-    off = Augment(tempo=0, warp=0, gain=0, freq_masks=0, time_masks=0)
-    torch.testing.assert_close(augment(x, SPEC, off, rng), x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(augment(x, SPEC, OFF, rng), x, atol=1e-4, rtol=0)
 
 
 def test_gain_is_in_decibels() -> None:
@@ -215,7 +226,7 @@ def test_gain_is_in_decibels() -> None:
     rng = np.random.default_rng(0)
     pcm = (0.02 * rng.standard_normal(16000)).astype(np.float32)
     x = torch.from_numpy(fbank(SPEC, pcm))
-    only_gain = Augment(tempo=0, warp=0, gain=6.0, freq_masks=0, time_masks=0)
+    only_gain = dataclasses.replace(OFF, gain=6.0)
     y = augment(x, SPEC, only_gain, np.random.default_rng(1))
     # tempo and warp are drawn first.
     drawn = np.random.default_rng(1)
@@ -224,6 +235,40 @@ def test_gain_is_in_decibels() -> None:
     assert abs(decibels) > 1
     louder = fbank(SPEC, (pcm * 10 ** (decibels / 20)).astype(np.float32))
     torch.testing.assert_close(y, torch.from_numpy(louder), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "made"])
+def test_noise_is_added_at_the_drawn_distance(recorded: bool) -> None:
+    rng = np.random.default_rng(0)
+    loud = fbank(SPEC, (0.1 * rng.standard_normal(32000)).astype(np.float32))
+    noise = fbank(SPEC, (0.03 * rng.standard_normal(24000)).astype(np.float32)).astype(np.float16)
+    at_10_db = dataclasses.replace(OFF, noise=1.0, snr=(10.0, 10.0))
+    noises = [noise] if recorded else []
+
+    def total(x: Tensor) -> float:
+        log = x / torch.from_numpy(SPEC.scale) + torch.from_numpy(SPEC.mean)
+        return float(torch.pow(10.0, log).sum(1).mean())
+
+    x = torch.from_numpy(loud)
+    added = [
+        total(augment(x, SPEC, at_10_db, np.random.default_rng(seed), noises)) - total(x)
+        for seed in range(8)
+    ]
+    # The level of the speech is measured on its louder half, hence the tolerance.
+    measured = [10 * math.log10(total(x) / a) for a in added]
+    assert measured == pytest.approx([10.0] * 8, abs=1.0)
+
+
+def test_a_room_leaves_what_came_before_a_sound_as_it_was() -> None:
+    pcm = np.zeros(32000, np.float32)
+    pcm[8000:10000] = 0.1 * np.random.default_rng(0).standard_normal(2000)
+    x = torch.from_numpy(fbank(SPEC, pcm))
+    y = augment(x, SPEC, dataclasses.replace(OFF, reverb=1.0), np.random.default_rng(3))
+    # A room doubles the power of steady sound, here that of silence, by 3 dB at most.
+    torch.testing.assert_close(y[:45], x[:45], atol=0.3 * SPEC.scale[0], rtol=0)
+    tail = (y - x)[65:85].mean(1)
+    assert tail[0] > 0.2
+    assert bool((tail.diff() < 1e-4).all())
 
 
 def test_augmentation_is_a_function_of_its_generator() -> None:

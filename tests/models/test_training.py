@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from loquent.models.checkpoint import (
     read_tensors,
 )
 from loquent.models.data import Augment, FeatureCache, read_manifest
-from loquent.models.student import Student, StudentConfig
+from loquent.models.student import Losses, Student, StudentConfig
 from loquent.models.tokens import Tokenizer
 from loquent.models.training import (
     TrainConfig,
@@ -262,6 +263,50 @@ def test_batches_are_a_function_of_the_step(make: Make) -> None:
         assert torch.equal(again[1].x_BTF, batch.x_BTF)
         assert torch.equal(again[1].targets_BU, batch.targets_BU)
     assert len({(segment, right) for _, _, segment, right in all_}) > 2
+
+
+def test_joined_batches_hold_the_same_speech_in_half_as_many_rows(make: Make) -> None:
+    apart = next(make(join=0.0)._batches())[1]
+    joined = next(make(join=1.0)._batches())[1]
+    rows = len(apart.lengths_B)
+    assert rows > 1
+    assert len(joined.lengths_B) == -(-rows // 2)
+    assert joined.lengths_B.sum() == apart.lengths_B.sum()
+    assert joined.targets_B.sum() == apart.targets_B.sum()
+    first = torch.cat([apart.targets_BU[i, : apart.targets_B[i]] for i in range(2)])
+    assert torch.equal(joined.targets_BU[0, : joined.targets_B[0]], first)
+
+
+def test_labels_that_are_far_off_do_not_count(make: Make) -> None:
+    trainer = make(join=0.0)
+    _, batch, segment, right = next(trainer._batches())
+    student = trainer.student.eval()
+    encoded, frames = student(batch.x_BTF, batch.lengths_B, segment, right)
+
+    def losses(rows: list[int], drop_above: float) -> Losses:
+        return student.losses(
+            encoded[rows],
+            frames[rows],
+            batch.targets_BU[rows],
+            batch.targets_B[rows],
+            rnnt=True,
+            drop_above=drop_above,
+        )
+
+    each = {
+        row: one.ctc.item() / one.tokens
+        for row in range(len(frames))
+        if (one := losses([row], math.inf))
+    }
+    order = sorted(each, key=each.__getitem__)
+    limit = (each[order[-2]] + each[order[-1]]) / 2
+    most = losses(list(each), limit)
+    without_worst = losses(order[:-1], math.inf)
+    torch.testing.assert_close(most.ctc, without_worst.ctc)
+    torch.testing.assert_close(most.rnnt, without_worst.rnnt)
+    assert most.tokens == without_worst.tokens
+    # A batch of nothing but such labels is better than a step without any.
+    assert losses(list(each), 0.0).tokens == int(batch.targets_B.sum())
 
 
 def test_draws_follow_their_weights() -> None:
