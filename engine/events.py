@@ -13,11 +13,16 @@ Reason = Literal["endpoint", "limit", "end"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Word:
-    """One word with the time in which its tokens were emitted."""
+    """One word, the time in which it was said, and how sure it is.
+
+    Attributes:
+        confidence: estimate of the probability that the word is right, 0 to 1.
+    """
 
     text: str
     start: float
     end: float
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ settled as soon as the next one starts, and only the last one may still grow.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from copy import copy
@@ -107,8 +108,17 @@ class Hypothesis:
             return None  # nothing yet, or a lone word start
         first, last = self._growing[0].frame, self._growing[-1].frame
         return Word(
-            text=text, start=self._seconds(first, limit), end=self._seconds(last + 1, limit)
+            text=text,
+            start=self._seconds(first, limit),
+            end=self._seconds(last + 1, limit),
+            confidence=_confidence(self._growing),
         )
 
     def _seconds(self, frame: int, limit: float) -> float:
         return min(round(frame * self._frame_seconds, 3), limit)
+
+
+def _confidence(tokens: Sequence[Token]) -> float:
+    """Geometric mean of the tokens' probabilities."""
+    mean = sum(token.logp for token in tokens) / len(tokens)
+    return round(min(1.0, math.exp(mean)), 3)

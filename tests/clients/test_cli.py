@@ -216,7 +216,7 @@ def test_json(bundle: str, speech: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert 0.2 < first["start"] < 0.5
     assert 3.0 < second["start"] < second["end"] <= 3.9
     assert [word["text"] for word in first["words"]] == ["bana", "bana", "kiwi"]
-    assert all(list(word) == ["text", "start", "end"] for word in first["words"])
+    assert all(list(word) == ["text", "start", "end", "confidence"] for word in first["words"])
 
 
 def test_subtitles(bundle: str, speech: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,10 @@ from loquent.engine.protocol import (
 )
 
 START = Start(sample_rate=16000, chunk_ms=320)
-WORDS = (Word(text="good", start=0.12, end=0.4), Word(text="mörning", start=0.44, end=0.8))
+WORDS = (
+    Word(text="good", start=0.12, end=0.4, confidence=0.9),
+    Word(text="mörning", start=0.44, end=0.8, confidence=0.25),
+)
 PARTIAL = Partial(
     segment=3, start=0.12, end=0.8, committed="good", tentative="mörning", words=WORDS
 )
@@ -242,8 +245,8 @@ def test_the_partial_on_the_wire() -> None:
         "committed": "good",
         "tentative": "mörning",
         "words": [
-            {"text": "good", "start": 0.12, "end": 0.4},
-            {"text": "mörning", "start": 0.44, "end": 0.8},
+            {"text": "good", "start": 0.12, "end": 0.4, "confidence": 0.9},
+            {"text": "mörning", "start": 0.44, "end": 0.8, "confidence": 0.25},
         ],
         "received": 1.5,
         "processed": 1.28,

@@ -45,11 +45,11 @@ def test_join_pieces(pieces: list[str], text: str) -> None:
 def test_words_and_times() -> None:
     words = hypothesis((THE, 5), (C, 10), (AT, 12), (S, 13))
     assert words.words(math.inf) == (
-        Word(text="the", start=0.2, end=0.24),
-        Word(text="cats", start=0.4, end=0.56),
+        Word(text="the", start=0.2, end=0.24, confidence=0.905),
+        Word(text="cats", start=0.4, end=0.56, confidence=0.905),
     )
     assert (words.committed, words.tentative) == ("the", "cats")
-    assert words.words(0.5)[1] == Word(text="cats", start=0.4, end=0.5)
+    assert words.words(0.5)[1] == Word(text="cats", start=0.4, end=0.5, confidence=0.905)
 
 
 def test_a_lone_word_start_is_no_word() -> None:
@@ -105,8 +105,8 @@ def test_partials_only_when_the_text_changes() -> None:
             end=0.36,
             text="the cat",
             words=(
-                Word(text="the", start=0.08, end=0.12),
-                Word(text="cat", start=0.28, end=0.36),
+                Word(text="the", start=0.08, end=0.12, confidence=0.905),
+                Word(text="cat", start=0.28, end=0.36, confidence=0.905),
             ),
             reason="end",
         ),
