@@ -30,6 +30,7 @@ from loquent.engine.errors import ProtocolError
 from loquent.engine.events import Ended, Event
 from loquent.engine.protocol import (
     END,
+    FINALIZE,
     MAX_MESSAGE,
     SUBPROTOCOL,
     Progress,
@@ -64,6 +65,10 @@ class Session:
         data = pcm.astype(self._dtype, copy=False).tobytes()
         for at in range(0, len(data), MAX_MESSAGE):
             await self._send(data[at : at + MAX_MESSAGE])
+
+    async def finalize(self) -> None:
+        """Settle all that was sent so far; `Finalized` comes once it is."""
+        await self._send(FINALIZE)
 
     async def end(self) -> None:
         """All audio is sent."""

@@ -22,7 +22,7 @@ from loquent.clients.options import (
 )
 from loquent.clients.terminal import DIM, PLAIN, is_live
 from loquent.engine.audio import AudioFile
-from loquent.engine.events import Ended, Final, Partial
+from loquent.engine.events import Ended, Final, Finalized, Partial
 from loquent.engine.protocol import Start
 
 EXAMPLES = """\
@@ -191,6 +191,8 @@ async def _receive(session: Session, timeline: Timeline) -> None:
         match event:
             case Ended():
                 return
+            case Finalized():
+                continue
             case Partial():
                 kind, text = "partial", f"{event.committed} {dim}{event.tentative}{plain}".strip()
             case Final():

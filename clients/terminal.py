@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TextIO, TypeVar
 
-from loquent.engine.events import Ended, Event, Partial
+from loquent.engine.events import Ended, Event, Finalized, Partial
 
 T = TypeVar("T")
 
@@ -96,6 +96,8 @@ class Captions:
         match event:
             case Ended():
                 self.close()
+            case Finalized():
+                pass
             case Partial():
                 if self._live:
                     self._draw(event.committed, event.tentative)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         ProtocolError,
         StreamClosed,
     )
-    from loquent.engine.events import Ended, Event, Final, Partial, Word
+    from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
     from loquent.engine.features import Fbank, FeatureSpec
     from loquent.engine.recognizer import Recognizer
     from loquent.engine.stream import Stream
@@ -41,6 +41,7 @@ __all__ = [
     "Fbank",
     "FeatureSpec",
     "Final",
+    "Finalized",
     "LoquentError",
     "MissingExtra",
     "Partial",
@@ -66,7 +67,7 @@ _MODULES = {
         "ProtocolError",
         "StreamClosed",
     ),
-    "events": ("Ended", "Event", "Final", "Partial", "Word"),
+    "events": ("Ended", "Event", "Final", "Finalized", "Partial", "Word"),
     "features": ("Fbank", "FeatureSpec"),
     "recognizer": ("Recognizer",),
     "stream": ("Stream",),

@@ -24,7 +24,7 @@ from functools import partial
 
 from loquent.engine.errors import BufferFull
 from loquent.engine.events import Event, Partial
-from loquent.engine.protocol import Pcm, Progress
+from loquent.engine.protocol import Finalize, Pcm, Progress
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.stream import Stream
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 HIGH_WATER = 2.0
 # Audio goes into a stream in pieces of this many seconds: any message then fits below its limit.
 PIECE = 0.1
-# Pieces and marks in an inbox from which on `feed` waits, however short they are.
+# Pieces, marks and calls of `finalize` in an inbox from which on all wait, however short they are.
 MAX_PIECES = 256
 # Events that may wait for a slow client before its lane pauses; its partials are merged into one.
 MAX_OUTBOX = 64
@@ -49,8 +49,8 @@ class Marked:
 
 _MARK = Marked()
 Update = tuple[Event | Marked, Progress]
-# What waits for the worker, in order: audio, and marks between the audio.
-Inbox = deque[Pcm | Marked]
+# What waits for the worker, in order: audio, and marks and calls of `finalize` in between.
+Inbox = deque[Pcm | Marked | Finalize]
 
 
 class Lane:
@@ -88,6 +88,12 @@ class Lane:
         """
         await self._enter()
         self._inbox.append(_MARK)
+        self._batcher.wake()
+
+    async def finalize(self) -> None:
+        """Settle all audio fed so far, see `Stream.finalize`; waits and raises as `feed` does."""
+        await self._enter()
+        self._inbox.append(Finalize())
         self._batcher.wake()
 
     def finish(self) -> None:
@@ -148,7 +154,7 @@ class Lane:
         return self._finishing and not self._finished
 
     def _take(self) -> _Job:
-        pieces, self._inbox = self._inbox, deque[Pcm | Marked]()
+        pieces, self._inbox = self._inbox, deque[Pcm | Marked | Finalize]()
         return _Job(
             lane=self,
             stream=self._stream,
@@ -213,11 +219,13 @@ class _Job:
                     if self.stream.ready:
                         break  # what it said before the mark comes first
                     self.updates.append((piece, self._progress()))
-                elif self.stream.wants_audio:
+                elif not self.stream.wants_audio:
+                    break
+                elif isinstance(piece, Finalize):
+                    self.stream.finalize()
+                else:
                     self.stream.accept(piece)
                     self.accepted += len(piece)
-                else:
-                    break
                 self.pieces.popleft()
         except BufferFull:
             pass  # nothing was taken; the piece goes in once a chunk has come out

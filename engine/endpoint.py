@@ -70,6 +70,11 @@ class Endpointer:
         """A new segment begins; ``first`` is the frame where it does if it has one already."""
         self._first = first
 
+    def begin(self, first: int) -> None:
+        """The segment so far was said; if it had speech, that of the new one counts from here."""
+        if self._first is not None:
+            self._first = first
+
 
 def _frames(seconds: float, frame_seconds: float) -> float:
     # The small number keeps 0.8 s at 20 frames of 40 ms whatever the rounding of the quotient.

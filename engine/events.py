@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal["endpoint", "limit", "end"]
+Reason = Literal["endpoint", "limit", "finalize", "end"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +57,8 @@ class Final:
     """The settled text of a segment; it starts with the last partial's committed text.
 
     Attributes:
-        reason: ``endpoint`` (silence), ``limit`` (utterance too long, cut between two words) or
-            ``end`` (of the stream).
+        reason: ``endpoint`` (silence), ``limit`` (utterance too long, cut between two words),
+            ``finalize`` (asked for with ``Stream.finalize``) or ``end`` (of the stream).
     """
 
     segment: int
@@ -67,6 +67,17 @@ class Final:
     text: str
     words: tuple[Word, ...]
     reason: Reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finalized:
+    """The answer to one ``Stream.finalize``: its final, if there was anything to say, is out.
+
+    Attributes:
+        position: seconds of audio; everything before it is settled.
+    """
+
+    position: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,4 +93,4 @@ class Ended:
     segments: int
 
 
-Event = Partial | Final | Ended
+Event = Partial | Final | Finalized | Ended

@@ -2,10 +2,12 @@
 
 One session is one WebSocket at ``/v1/stream``. The client sends ``start`` (text, JSON), then audio
 (binary), then ``end`` (text); the server answers ``ready``, any number of ``partial`` and
-``final``, and ``ended``. Anything that goes wrong is one ``error`` message and then a close code.
+``final``, and ``ended``. In between, ``finalize`` (text) settles all audio sent so far: what was
+not final yet comes as a ``final``, and then, always, ``finalized``. Anything that goes wrong is one
+``error`` message and then a close code.
 
     NEW --start--> CONFIGURED --audio--> STREAMING --end--> DRAINING --ended--> CLOSED
-                                         (any live state) --error--> FAILED
+                   --finalize-->   (both stay as they are)   (any live state) --error--> FAILED
 
 The table below is the whole rule: a signal that it does not list for a state is an error. This
 module knows neither sockets nor clocks nor recognisers, so that every rule can be tested with
@@ -25,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loquent.engine.errors import AudioError, ConfigError, ProtocolError
-from loquent.engine.events import Ended, Event, Final, Partial, Word
+from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
 
 VERSION: Const = 1
 SUBPROTOCOL: Const = "loquent.v1"
@@ -69,10 +71,11 @@ class State(enum.Enum):
 
 
 class Signal(enum.Enum):
-    """What can happen to a session. START, AUDIO, END come from the client, the rest from us."""
+    """What can happen to a session. START to END come from the client, the rest from us."""
 
     START = "start"
     AUDIO = "audio"
+    FINALIZE = "finalize"
     END = "end"
     ENDED = "ended"
     ERROR = "error"
@@ -82,8 +85,18 @@ class Signal(enum.Enum):
 _LIVE: Const = {Signal.ERROR: State.FAILED, Signal.LOST: State.CLOSED}
 TRANSITIONS: Const[Mapping[State, Mapping[Signal, State]]] = {
     State.NEW: {Signal.START: State.CONFIGURED, **_LIVE},
-    State.CONFIGURED: {Signal.AUDIO: State.STREAMING, Signal.END: State.DRAINING, **_LIVE},
-    State.STREAMING: {Signal.AUDIO: State.STREAMING, Signal.END: State.DRAINING, **_LIVE},
+    State.CONFIGURED: {
+        Signal.AUDIO: State.STREAMING,
+        Signal.FINALIZE: State.CONFIGURED,
+        Signal.END: State.DRAINING,
+        **_LIVE,
+    },
+    State.STREAMING: {
+        Signal.AUDIO: State.STREAMING,
+        Signal.FINALIZE: State.STREAMING,
+        Signal.END: State.DRAINING,
+        **_LIVE,
+    },
     State.DRAINING: {Signal.ENDED: State.CLOSED, **_LIVE},
     State.CLOSED: {},
     State.FAILED: {},
@@ -131,12 +144,18 @@ class Audio:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Finalize:
+    """The client wants everything that it has sent so far settled, and goes on."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class End:
     """The client has sent all its audio."""
 
 
+FINALIZE: Const = '{"type": "finalize"}'
 END: Const = '{"type": "end"}'
-Command = Start | Audio | End
+Command = Start | Audio | Finalize | End
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,13 +214,16 @@ class ServerProtocol:
                 start = _parse_start(fields, self._languages)
                 self._dtype = _DTYPES[start.encoding]
                 return start
+            case "finalize":
+                self._signal(Signal.FINALIZE)
+                return Finalize()
             case "end":
                 self._signal(Signal.END)
                 return End()
             case other:
                 raise WireError(
                     "bad_type",
-                    f'got a message of type {other!r}, expected "start" or "end" '
+                    f'got a message of type {other!r}, expected "start", "finalize" or "end" '
                     "(audio goes in binary messages)",
                 )
 
@@ -258,7 +280,7 @@ class ServerProtocol:
         return pcm.astype(self._dtype.newbyteorder("="), copy=False)
 
 
-_FROM_CLIENT: Const = (Signal.START, Signal.AUDIO, Signal.END)
+_FROM_CLIENT: Const = (Signal.START, Signal.AUDIO, Signal.FINALIZE, Signal.END)
 
 
 def as_wire_error(error: Exception) -> WireError:
@@ -330,7 +352,7 @@ def encode_event(event: Event, progress: Progress) -> str:
     fields = dataclasses.asdict(event)
     if isinstance(event, Ended):
         return json.dumps({"type": "ended", **fields})
-    kind = "partial" if isinstance(event, Partial) else "final"
+    kind = type(event).__name__.lower()
     return json.dumps({"type": kind, **fields, **dataclasses.asdict(progress)})
 
 
@@ -346,6 +368,8 @@ def decode_message(text: str) -> tuple[Ready | Event, Progress | None]:
             return _build(Ready, fields), None
         if kind == "ended":
             return _build(Ended, fields), None
+        if kind == "finalized":
+            return _build(Finalized, fields), _build(Progress, fields)
         if kind in ("partial", "final"):
             fields["words"] = tuple(_build(Word, word) for word in fields["words"])
             progress = _build(Progress, fields)

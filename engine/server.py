@@ -37,6 +37,7 @@ from loquent.engine.protocol import (
     MAX_MESSAGE,
     Audio,
     End,
+    Finalize,
     Ready,
     Start,
     WireError,
@@ -353,6 +354,9 @@ class _Session:
                 case Mark():
                     assert self._lane is not None, "protocols start before they hear"
                     await self._lane.mark()
+                case Finalize():
+                    assert self._lane is not None, "protocols start before they finalize"
+                    await self._lane.finalize()
                 case End():
                     assert self._lane is not None, "protocols start before they end"
                     self._lane.finish()

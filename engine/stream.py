@@ -5,10 +5,19 @@
 
 A stream is passive: it does arithmetic on samples but never runs a network. Its events depend on
 the audio alone, never on how it was cut into packets, as the recogniser sees it in whole windows.
+
+``finalize`` leaves no trace in what is heard afterwards. Once the windows that are complete at its
+sample are recognised, the stream goes down a branch: copies of features, chunker and decoder, and
+the encoder's state, take the rest of the audio and the silence of the flush, as at the end of a
+stream. Then the branch is dropped and the trunk goes on where it was; only tokens that the branch
+has said already are not said again.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +29,7 @@ from loquent.engine.decode import Frame
 from loquent.engine.decode.ctc import CtcGreedy
 from loquent.engine.decode.ctc_beam import CtcBeam
 from loquent.engine.decode.rnnt import RnntState
-from loquent.engine.endpoint import EndpointRules
+from loquent.engine.endpoint import Endpointer, EndpointRules
 from loquent.engine.errors import AudioError, BufferFull, ConfigError, StreamClosed
 from loquent.engine.events import Event
 from loquent.engine.features import Fbank
@@ -36,6 +45,29 @@ MIN_RATE, MAX_RATE = 8000, 48000
 _HIGH_SECONDS = 4.0
 # Anything beyond this in floating point is int16 values that nobody divided by 32768.
 _LOUDEST = 100.0
+# Calls of finalize that may wait before wants_audio is False.
+_MOST_MARKS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mark:
+    """Where ``finalize`` was called: sample of the ring, seconds, and what the resampler held."""
+
+    head: int
+    position: float
+    rest: Float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trunk:
+    """What the stream goes on with after a branch."""
+
+    fbank: Fbank
+    chunker: Chunker
+    encoder_state: Slot
+    ctc: CtcGreedy | CtcBeam
+    rnnt: RnntState | None
+    endpointer: Endpointer
 
 
 class Stream:
@@ -98,6 +130,9 @@ class Stream:
         self._needed = window
         self._received = 0
         self._closed = False
+        self._marks: deque[_Mark] = deque()
+        self._trunk: _Trunk | None = None
+        self._position = 0.0  # seconds that are settled for good
 
     @property
     def latency_ms(self) -> float:
@@ -117,17 +152,19 @@ class Stream:
         """Seconds of audio recognised; equals ``received`` once the stream is done."""
         if self.done:
             return self.received
-        return min(self._chunker.start * self._hop / self._model_rate, self.received)
+        most = self._marks[0].position if self._trunk else self.received
+        return max(self._position, min(self._chunker.start * self._hop / self._model_rate, most))
 
     @property
     def wants_audio(self) -> bool:
         """False while enough audio waits: pause reading until the recogniser has caught up."""
-        return self._ring.wants_audio and not self._closed
+        return self._ring.wants_audio and not self._closed and len(self._marks) < _MOST_MARKS
 
     @property
     def ready(self) -> bool:
         """Whether ``Recognizer.step`` has something to do for this stream."""
-        return not self.done and (self._closed or self._ring.head >= self._needed)
+        waits = self._closed or bool(self._marks)
+        return not self.done and (waits or self._ring.head >= self._needed)
 
     def accept(self, pcm: NDArray[Any]) -> None:
         """Take audio, as much at a time as is convenient.
@@ -158,6 +195,22 @@ class Stream:
             self._ring.push(self._resampler.finish())
             self._closed = True
 
+    def finalize(self) -> None:
+        """Recognise all audio accepted so far as if it ended here, and go on taking audio.
+
+        Its text is the one that ``finish`` would give: a ``Final`` of reason ``finalize`` if there
+        is any that was not final yet, and then, always and once for each call, ``Finalized``. What
+        is said afterwards is what the stream would have said without.
+
+        Raises:
+            StreamClosed: after ``finish``, which settles everything itself.
+        """
+        if self._closed:
+            raise StreamClosed("got finalize() after finish(), which settles everything itself")
+        self._marks.append(
+            _Mark(head=self._ring.head, position=self.received, rest=self._resampler.rest())
+        )
+
     def events(self) -> list[Event]:
         """What happened since the last call, in order."""
         return self.transcript.events()
@@ -170,6 +223,18 @@ class Stream:
         Calling it again before ``advance`` gives the same window: a failed step loses nothing.
         """
         assert self.ready
+        if self._trunk is None and self._marks and self._needed > self._marks[0].head:
+            self._branch(self._marks[0])
+        if self._trunk is None:
+            self._fill()
+        if not self._chunker.ready:
+            return None
+        if self._chunker.padded:
+            # From here on frames lie beyond the audio; what is said in them was said before.
+            self.transcript.limit = self._marks[0].position if self._trunk else self.received
+        return self._chunker.window()
+
+    def _fill(self) -> None:
         count = min(self._ring.fill, self._needed - self._ring.tail)
         if count > 0:
             self._chunker.accept(self._fbank.accept(self._ring.read(count)))
@@ -177,12 +242,36 @@ class Stream:
         if self._closed and not self._ring.fill and not self._chunker.complete:
             self._chunker.accept(self._fbank.finish())
             self._chunker.finish()
-        if not self._chunker.ready:
-            return None
-        if self._chunker.padded:
-            # From here on frames lie beyond the audio; what is said in them was said before.
-            self.transcript.limit = self.received
-        return self._chunker.window()
+
+    def _branch(self, mark: _Mark) -> None:
+        """Leave the trunk for the flush of ``mark``."""
+        self._trunk = _Trunk(
+            fbank=self._fbank,
+            chunker=self._chunker,
+            encoder_state=self.encoder_state,
+            ctc=self.ctc.fork(),
+            rnnt=self.rnnt,
+            endpointer=self.transcript.branch(),
+        )
+        self._fbank, self._chunker = copy(self._fbank), copy(self._chunker)
+        samples = self._ring.read(mark.head - self._ring.tail)
+        for frames in (
+            self._fbank.accept(np.concatenate([samples, mark.rest])),
+            self._fbank.finish(),
+        ):
+            self._chunker.accept(frames)
+        self._chunker.finish()
+
+    def _rejoin(self, trunk: _Trunk, mark: _Mark) -> None:
+        """The flush of ``mark`` is recognised: go on with the trunk."""
+        frame = (mark.head + len(mark.rest)) // (self._hop * self._subsampling)
+        self.transcript.finalize(mark.position, frame, trunk.endpointer)
+        self._fbank, self._chunker = trunk.fbank, trunk.chunker
+        self.encoder_state, self.ctc, self.rnnt = trunk.encoder_state, trunk.ctc, trunk.rnnt
+        self._needed = self._fbank.samples_for(self._chunker.needed)
+        self._position = mark.position
+        self._marks.popleft()
+        self._trunk = None
 
     def frames(self) -> range:
         """Encoder frames, counted from the start of the stream, that the window brings."""
@@ -198,11 +287,14 @@ class Stream:
             self.end()
 
     def end(self) -> None:
-        """Everything is recognised."""
+        """Everything up to the end, or up to where ``finalize`` was called, is recognised."""
         if isinstance(self.ctc, CtcBeam):
             last = self._chunker.start // self._subsampling
             self.transcript.pending = ()
             self.transcript.accept([Frame(last, self.ctc.flush(), False)])
+        if self._trunk is not None:
+            self._rejoin(self._trunk, self._marks[0])
+            return
         self.transcript.end(self.received)
         self.done = True
 

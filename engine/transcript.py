@@ -8,8 +8,44 @@ from copy import copy
 
 from loquent.engine.decode import Frame, Token
 from loquent.engine.endpoint import Endpointer, EndpointRules
-from loquent.engine.events import Ended, Event, Final, Partial, Reason, Word
+from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Reason, Word
 from loquent.engine.text import Hypothesis
+
+# Frames by which a token may move when the silence behind it turns out to be speech.
+_SHIFT = 3
+
+
+class Echo:
+    """Tells tokens that a flush has said already from new ones when the same frames come again.
+
+    The same tokens in the same order are the echo; from the first one that differs, it is whatever
+    lies before the end of the flush. The order comes first because a beam search may date a token
+    to where it was first thought of.
+
+    Args:
+        said: tokens of the flush.
+        frame: where the audio of the flush ended.
+    """
+
+    def __init__(self, said: Sequence[Token] = (), frame: int = 0) -> None:
+        self._said = tuple(token.id for token in said)
+        self._same = True
+        self.until = max([frame, *(token.frame + 1 for token in said)])
+
+    def accept(self, tokens: Sequence[Token]) -> list[Token]:
+        """Those of the tokens that follow which are new."""
+        return [token for token in tokens if self._is_new(token)]
+
+    def _is_new(self, token: Token) -> bool:
+        if not self._same:
+            return token.frame >= self.until
+        if not self._said:
+            return True
+        if token.id == self._said[0] and token.frame < self.until + _SHIFT:
+            self._said = self._said[1:]
+            return False
+        self._same = False
+        return token.frame >= self.until
 
 
 class Transcript:
@@ -36,6 +72,8 @@ class Transcript:
         self._segment = 0
         self._shown = ""
         self._since = 0.0  # start of what was last shown
+        self._echo = Echo()
+        self._branch: list[Token] | None = None  # what a branch has heard
         self._events: list[Event] = []
 
     def events(self) -> list[Event]:
@@ -53,7 +91,9 @@ class Transcript:
     def accept(self, frames: Sequence[Frame]) -> None:
         """Take the frames that follow."""
         for frame in frames:
-            for token in frame.tokens:
+            if self._branch is not None:
+                self._branch += frame.tokens
+            for token in self._echo.accept(frame.tokens):
                 self._hypothesis.add(token, self.limit)
             reason = self._endpointer.accept(frame)
             if reason == "endpoint":
@@ -70,7 +110,7 @@ class Transcript:
         """
         committed = self._hypothesis.committed
         settled = len(self._hypothesis.words(self.limit)) - bool(self._hypothesis.tentative)
-        shown = self._hypothesis.followed_by(self.pending, self.limit)
+        shown = self._hypothesis.followed_by(copy(self._echo).accept(self.pending), self.limit)
         words = shown.words(self.limit)
         tentative = " ".join(word.text for word in words[settled:])
         text = f"{committed} {tentative}".strip()
@@ -88,6 +128,32 @@ class Transcript:
                     words=words,
                 )
             )
+
+    def branch(self) -> Endpointer:
+        """Frames of a flush follow, until ``finalize``. Returns the rule's state before them."""
+        self._branch = []
+        return self.endpointer()
+
+    def finalize(self, position: float, frame: int, endpointer: Endpointer) -> None:
+        """All before ``position`` seconds is said: settle it and say so.
+
+        The frames since ``branch`` come again, now with what really follows them, and are not said
+        twice.
+
+        Args:
+            frame: encoder frame in which ``position`` lies.
+            endpointer: what ``branch`` returned; the rule goes on from there.
+        """
+        assert self._branch is not None, "no branch"
+        self._final(self._hypothesis.finish(self.limit), "finalize")
+        self.pending = ()
+        self.show()
+        self._events.append(Finalized(position=position))
+        self._echo = Echo(self._branch, max(frame, self._echo.until))
+        self._branch = None
+        self._endpointer = endpointer
+        endpointer.begin(self._echo.until)
+        self.limit = math.inf
 
     def end(self, duration: float) -> None:
         """The stream is over: settle what is left and say so."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,10 @@ class CtcGreedy:
 
     blank: int
     last: int = -1
+
+    def fork(self) -> CtcGreedy:
+        """A decoder in the same state, which goes its own way."""
+        return replace(self)
 
     def accept(self, log_probs: Float32, first: int) -> list[Frame]:
         """Decode the frames that follow.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,6 +136,21 @@ class CtcBeam:
         # The root is what has been given out last; scores are counted from there.
         self._root = _Node(None, -1, -1, 0.0, self._fusion.start, 0.0)
         self._beam: dict[_Node, tuple[float, float]] = {self._root: (0.0, _NEVER)}
+
+    def fork(self) -> CtcBeam:
+        """A search in the same state, which goes its own way."""
+        twins: dict[_Node, _Node] = {}
+        for node in (self._root, *(node for leaf in self._beam for node in self._path(leaf))):
+            if node not in twins:
+                twin = twins[node] = copy(node)
+                twin.children = {}
+                if node is not self._root and node.parent is not None:
+                    twin.parent = twins[node.parent]
+                    twin.parent.children[node.token] = twin
+        other = copy(self)
+        other._root = twins[self._root]
+        other._beam = {twins[node]: scores for node, scores in self._beam.items()}
+        return other
 
     @property
     def pending(self) -> tuple[Token, ...]:

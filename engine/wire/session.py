@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from loquent.engine.batcher import Marked
 from loquent.engine.events import Event
-from loquent.engine.protocol import Audio, End, Progress, Ready, Start, WireError
+from loquent.engine.protocol import Audio, End, Finalize, Progress, Ready, Start, WireError
 
 MAX_FIELDS = 100  # of a query
 
@@ -45,7 +45,7 @@ class Mark:
     """Comes back as `Marked` once all audio before it is recognised as far as chunks go."""
 
 
-Action = Send | Close | Start | Audio | Mark | End
+Action = Send | Close | Start | Audio | Mark | Finalize | End
 Actions = Sequence[Action]
 
 

@@ -10,14 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loquent.engine.errors import AudioError, BundleError, ConfigError
-from loquent.engine.events import Ended, Event, Final, Partial, Word
+from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
 from loquent.engine.protocol import (
     CLOSE_CODES,
     END,
+    FINALIZE,
     MAX_MESSAGE,
     TRANSITIONS,
     Audio,
     End,
+    Finalize,
     Progress,
     Ready,
     ServerProtocol,
@@ -39,6 +41,7 @@ PARTIAL = Partial(
     segment=3, start=0.12, end=0.8, committed="good", tentative="mörning", words=WORDS
 )
 FINAL = Final(segment=3, start=0.12, end=0.8, text="good mörning", words=WORDS, reason="endpoint")
+FINALIZED = Finalized(position=1.5)
 ENDED = Ended(duration=2.5, segments=4)
 PROGRESS = Progress(received=1.5, processed=1.28)
 
@@ -102,6 +105,7 @@ def test_the_table_names_every_state_and_leads_only_to_such() -> None:
 MESSAGES: dict[Signal, str | bytes] = {
     Signal.START: START.encode(),
     Signal.AUDIO: b"\0\0",
+    Signal.FINALIZE: FINALIZE,
     Signal.END: END,
 }
 
@@ -229,11 +233,25 @@ def test_the_server_may_end_or_lose_a_session() -> None:
     assert states == [State.DRAINING, State.CLOSED]
 
 
-@pytest.mark.parametrize("event", [PARTIAL, FINAL, ENDED], ids=["partial", "final", "ended"])
+@pytest.mark.parametrize(
+    "event", [PARTIAL, FINAL, FINALIZED, ENDED], ids=lambda event: type(event).__name__
+)
 def test_events_survive_the_wire(event: Event) -> None:
     decoded, progress = decode_message(encode_event(event, PROGRESS))
     assert decoded == event
     assert progress == (None if event is ENDED else PROGRESS)
+
+
+def test_finalize_leaves_the_session_where_it_was() -> None:
+    protocol = started()
+    assert protocol.receive(FINALIZE) == Finalize()
+    assert protocol.state is State.CONFIGURED
+    protocol.receive(b"\0\0")
+    assert protocol.receive(FINALIZE) == Finalize()
+    assert protocol.state is State.STREAMING
+    sent = json.loads(protocol.event(FINALIZED, PROGRESS))
+    assert sent == {"type": "finalized", "position": 1.5, "received": 1.5, "processed": 1.28}
+    assert protocol.state is State.STREAMING
 
 
 def test_the_partial_on_the_wire() -> None:

@@ -27,7 +27,7 @@ from websockets.protocol import State
 
 from loquent.engine.batcher import HIGH_WATER, Batcher, Lane
 from loquent.engine.events import Ended, Event, Final
-from loquent.engine.protocol import END, MAX_MESSAGE, Start
+from loquent.engine.protocol import END, FINALIZE, MAX_MESSAGE, Start
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.server import Server, ServerConfig
 from loquent.engine.session import Slot
@@ -233,6 +233,26 @@ async def test_partials_come_while_audio_is_still_to_come(tiny: Recognizer, tone
         assert types == ["ready", "partial"]
 
 
+async def test_finalize_settles_what_was_sent_and_goes_on(tiny: Recognizer, tones: Speak) -> None:
+    data = encode(tones([(0, 0.2), (3, 0.2), (4, 0.1)]), "s16le")
+    async with serving(tiny) as server, client(server) as connection:
+        await connection.send(Start(sample_rate=16000).encode())
+        for text in ("", "kiwi", "kiwi", ""):
+            if text:
+                await connection.send(data)
+            await connection.send(FINALIZE)
+            said = []
+            while (message := json.loads(await connection.recv()))["type"] != "finalized":
+                said += of_kind([message], "final")
+            assert [final["text"] for final in said] == [text] * bool(text)
+            assert all(final["reason"] == "finalize" for final in said)
+        assert message["position"] == message["received"] == message["processed"] == 1.0
+        await connection.send(END)
+        assert of_kind(await receive_all(connection), "ended", "final") == [
+            {"type": "ended", "duration": 1.0, "segments": 2}
+        ]
+
+
 async def test_a_session_without_audio(tiny: Recognizer) -> None:
     async with serving(tiny) as server:
         messages = await caption(server, Start(sample_rate=16000), b"", [1])
@@ -259,7 +279,7 @@ NAN = struct.pack("<f", float("nan")) * 100
         (["\0\x1b[2J"], "bad_json", 1003, "expected JSON"),
         (['{"type": "stop"}'], "bad_type", 1002, "'stop'"),
         ([b"\0\0"], "bad_type", 1002, "expected start"),
-        ([START, START], "bad_type", 1002, "expected audio or end"),
+        ([START, START], "bad_type", 1002, "expected audio or finalize or end"),
         ([START, b"\0\0", END, b"\0\0"], "bad_type", 1002, "nothing more"),
         (['{"type": "start"}'], "bad_config", 1008, "sample_rate"),
         ([Start(sample_rate=7999).encode()], "bad_config", 1008, "8000 to 48000"),
