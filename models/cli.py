@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vocab", type=int, default=256, help="subwords (default %(default)s)")
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument(
+        "--decay", type=int, default=1500, help="last steps, in which the learning rate falls"
+    )
     parser.add_argument("--batch-seconds", type=float, default=60.0)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--head-lr", type=float, default=2e-3)
@@ -140,6 +143,7 @@ def _run(args: argparse.Namespace) -> None:
     cache = args.features or args.run / "features"
     config = TrainConfig(
         steps=args.steps,
+        decay=args.decay,
         seed=args.seed,
         batch_seconds=args.batch_seconds,
         lr=args.lr,

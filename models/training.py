@@ -49,10 +49,13 @@ class TrainConfig:
     """How to train. Lengths are in feature frames unless said otherwise.
 
     Attributes:
-        steps: optimiser steps in all; the learning rate falls to ``final_lr`` of its peak by then.
+        steps: optimiser steps in all.
         batch_seconds: padded audio per step.
         lr, head_lr: peak learning rates of the encoder, and of everything behind it.
         warmup: steps of linear warm-up.
+        decay: the learning rate stays at its peak and falls linearly to ``final_lr`` of it in so
+            many last steps. A run may so be prolonged, or be ended from any checkpoint (warm-up,
+            stable, decay; arXiv 2405.18392).
         rnnt_from: step at which the transducer loss joins the CTC loss.
         ctc_weight: of the CTC loss once both run (the transducer has the rest).
         segments: (segment, probability) pairs drawn per batch.
@@ -75,6 +78,7 @@ class TrainConfig:
     head_lr: float = 2e-3
     final_lr: float = 0.03
     warmup: int = 200
+    decay: int = 1500
     weight_decay: float = 0.01
     clip: float = 5.0
     rnnt_from: int = 500
@@ -264,8 +268,8 @@ class Trainer:
         c = self.config
         if step < c.warmup:
             return (step + 1) / c.warmup
-        done = (step - c.warmup) / max(1, c.steps - c.warmup)
-        return c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        falling = step - max(c.warmup, c.steps - c.decay)
+        return 1 - (1 - c.final_lr) * min(1.0, max(0.0, falling / max(1, c.decay)))
 
     def _update(self, step: int, batch: Batch, segment: int, right: int) -> dict[str, float]:
         c = self.config
