@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from copy import copy
 
@@ -17,6 +18,10 @@ from loquent.engine.events import Word
 
 WORD_START = "▁"
 _BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
+_APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'"})
+# Hyphens and dashes join words in print but are silent.
+_SILENT = re.compile(r"[-–—_/]")
+_QUOTING = re.compile(r"(?<!\w)'|'(?!\w)")
 
 
 def join_pieces(pieces: Sequence[str]) -> str:
@@ -25,6 +30,19 @@ def join_pieces(pieces: Sequence[str]) -> str:
     if "<0x" in text:
         text = _BYTES.sub(_decode_bytes, text)
     return text.replace(WORD_START, " ").strip()
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation but the apostrophe inside words, single spaces, NFC.
+
+    Letters, marks and digits of any script are kept: a language's own alphabet is not ours to cut.
+    """
+    text = unicodedata.normalize("NFC", text).translate(_APOSTROPHES).lower()
+    text = _SILENT.sub(" ", text)
+    text = "".join(
+        c for c in text if c.isspace() or c == "'" or unicodedata.category(c)[0] in "LMN"
+    )
+    return " ".join(_QUOTING.sub(" ", text).split())
 
 
 def _decode_bytes(match: re.Match[str]) -> str:
