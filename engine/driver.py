@@ -14,15 +14,18 @@ runs a session on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections import deque
 from typing import Protocol
 
 from loquent.engine.batcher import Lane
-from loquent.engine.host import Host
+from loquent.engine.host import Host, Opened
+from loquent.engine.limits import Meter
 from loquent.engine.protocol import Audio, End, Finalize, Ready, Start, WireError, as_wire_error
 from loquent.engine.recorder import Recorder
-from loquent.engine.wire.session import Actions, Close, Mark, Send, WireSession
+from loquent.engine.wire.session import Actions, Close, Mark, Send
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +39,6 @@ class Gone(Exception):  # noqa: N818
 
 class Socket(Protocol):
     """One open WebSocket."""
-
-    @property
-    def peer(self) -> object:
-        """Who is at the other end, for the log."""
 
     async def receive(self) -> str | bytes:
         """The next message. Raises Gone."""
@@ -57,17 +56,23 @@ class Socket(Protocol):
 class Session:
     """One client, from its connection to its end."""
 
-    def __init__(self, host: Host, wire: WireSession, socket: Socket, session_id: str) -> None:
+    def __init__(self, host: Host, opened: Opened, socket: Socket) -> None:
         self._host = host
         self._config = host.config
         self._socket = socket
-        self._id = session_id
-        self._wire = wire
+        self._id = opened.session
+        self._wire = opened.wire
+        self.visitor = opened.visitor
         self._lane: Lane | None = None
         self._recorder: Recorder | None = None
         self._reader: asyncio.Task[None] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._stopping = False
+        self._meter = Meter(self._config.limits, time.monotonic())
+        self._heard = 0.0  # seconds of audio in the messages since the meter looked
+        self._sample_rate = 1
+        self._spoken = False  # the client, at least once
+        self._overdue = False  # the session has lasted as long as it may
         # Messages in the order in which the protocol made them, whoever comes to send them.
         self._outgoing: deque[str] = deque()
         self._sending = asyncio.Lock()
@@ -75,7 +80,9 @@ class Session:
 
     async def run(self) -> None:
         """Serve the client until either side is done."""
-        logger.info("session %s: open, from %s", self._id, self._socket.peer)
+        visitor = self.visitor
+        whose = f", key of {visitor.key}" if visitor.key is not None else ""
+        logger.info("session %s: open, from %s%s", self._id, visitor.address, whose)
         try:
             await self._serve()
         except Gone as exc:
@@ -128,7 +135,7 @@ class Session:
                 self._reader.result()
             if self._close_with is None:
                 # Reading ended by our wish: the server stops, or the client has been silent.
-                await self._perform(self._wire.end(None if self._stopping else self._silent()))
+                await self._perform(self._wire.end(None if self._stopping else self._too_long()))
                 if self._writer is not None:
                     await asyncio.wait([self._writer])
                     self._writer.result()
@@ -145,21 +152,38 @@ class Session:
 
     @property
     def _patience(self) -> float:
-        return self._wire.patience or self._config.idle_timeout
+        patience = self._wire.patience or self._config.idle_timeout
+        first = self._config.limits.start_timeout
+        return min(patience, first) if first and not self._spoken else patience
 
-    def _silent(self) -> WireError:
-        idle = WireError("idle", f"got nothing for {self._patience:g} s; connect again to go on")
-        logger.info("session %s: %s", self._id, idle)
-        return idle
+    def _too_long(self) -> WireError:
+        if self._overdue:
+            seconds = self._config.limits.session_seconds
+            error = WireError("session_limit", f"a session may last {seconds:g} s; connect again")
+        else:
+            error = WireError(
+                "idle", f"got nothing for {self._patience:g} s; connect again to go on"
+            )
+        logger.info("session %s: %s", self._id, error)
+        return error
 
     async def _read(self) -> None:
+        try:
+            async with asyncio.timeout(self._config.limits.session_seconds or None) as whole:
+                await self._read_all()
+        except TimeoutError:
+            self._overdue = whole.expired()  # if not, the client was silent
+
+    async def _read_all(self) -> None:
         while self._close_with is None:
-            try:
-                async with asyncio.timeout(None if self._wire.draining else self._patience):
-                    message = await self._socket.receive()
-            except TimeoutError:
-                return
+            async with asyncio.timeout(None if self._wire.draining else self._patience):
+                message = await self._socket.receive()
+            self._spoken = True
+            self._meter.message(len(message), time.monotonic())
             await self._perform(self._wire.receive(message))
+            heard, self._heard = self._heard, 0.0
+            if heard and (wait := self._meter.audio(heard, time.monotonic())):
+                await asyncio.sleep(wait)
 
     async def _perform(self, actions: Actions) -> None:
         """Do what the protocol wants; messages go out first, in the order they were made in."""
@@ -175,6 +199,7 @@ class Session:
                     await self._start(action)
                 case Audio(pcm=pcm):
                     assert self._lane is not None, "protocols start before they hear"
+                    self._heard += len(pcm) / self._sample_rate
                     if self._recorder is not None:
                         await asyncio.to_thread(self._recorder.write, pcm)
                     await self._lane.feed(pcm)
@@ -200,6 +225,7 @@ class Session:
         )
         if self._config.record is not None:
             self._recorder = await asyncio.to_thread(Recorder, self._config.record, self._id, start)
+        self._sample_rate = start.sample_rate
         self._lane = self._host.batcher.add(stream, start.sample_rate)
         self._writer = asyncio.create_task(self._write(self._lane))
         self._writer.add_done_callback(lambda _: self._stop_reading())
@@ -210,6 +236,7 @@ class Session:
             chunk_ms=recognizer.bundle.milliseconds(stream.segment),
             latency_ms=stream.latency_ms,
             sample_rate=start.sample_rate,
+            language=start.language or next(iter(recognizer.bundle.languages), None),
         )
         await self._perform(self._wire.ready(ready))
 
@@ -232,11 +259,21 @@ class Session:
             code = GOING_AWAY
         # A close frame holds 125 bytes, two of them the code.
         reason = close.reason.encode()[:123].decode(errors="ignore")
+        # The client's answer comes behind all that it has sent, which nobody wants any more.
+        discard = asyncio.create_task(self._discard())
         try:
             async with asyncio.timeout(self._config.send_timeout):
                 await self._socket.close(code, reason)
         except TimeoutError:
             self.abort()
+        finally:
+            discard.cancel()
+            await asyncio.wait([discard])
+
+    async def _discard(self) -> None:
+        with contextlib.suppress(Gone):
+            while True:
+                await self._socket.receive()
 
 
 class _UnreadError(Exception):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Reason = Literal["endpoint", "limit", "finalize", "end"]
+EndReason = Literal["end", "idle", "stopping", "session_limit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +88,13 @@ class Ended:
     Attributes:
         duration: seconds of audio received.
         segments: number of finals.
+        reason: ``end`` (the client's wish), or why a server ended the session: ``idle`` (no word
+            from the client), ``stopping`` (the server goes down) or ``session_limit`` (too long).
     """
 
     duration: float
     segments: int
+    reason: EndReason = "end"
 
 
 Event = Partial | Final | Finalized | Ended

@@ -7,17 +7,19 @@ import logging
 import secrets
 import time
 from collections.abc import Collection, Mapping
-from http import HTTPStatus
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loquent.engine import web
+from loquent.engine.auth import Keys
 from loquent.engine.batcher import Batcher
+from loquent.engine.gate import Gate, Visitor
+from loquent.engine.limits import Limits
 from loquent.engine.protocol import WireError
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.dispatch import Bare, open_session
-from loquent.engine.wire.session import Context, Handshake, Refused, WireSession
+from loquent.engine.wire.session import Context, Handshake, WireSession
 
 if TYPE_CHECKING:
     from loquent.engine.driver import Session
@@ -32,8 +34,10 @@ class ServerConfig:
     page: the folder of the web page, None for no page. bare: the protocol of a WebSocket at ``/``.
     record: a folder in which the audio of every session is kept as a wav file, for debugging.
     allow_origins: web origins other than the server's own and this machine's whose pages may
-    connect. idle_timeout: how long a client may say nothing. send_timeout: how long it may leave a
-    message unread. drain_timeout: how long sessions may take to finish when the server is stopped.
+    connect. keys: who may connect, everybody if there are none. limits: see `Limits`.
+    trusted_proxies: addresses whose ``X-Forwarded-For`` is believed. idle_timeout: how long a
+    client may say nothing. send_timeout: how long it may leave a message unread. drain_timeout: how
+    long sessions may take to finish when the server is stopped.
     """
 
     host: str = "127.0.0.1"
@@ -44,9 +48,21 @@ class ServerConfig:
     bare: Bare = "vosk"
     record: Path | None = None
     allow_origins: Collection[str] = ()
+    keys: Keys = dataclasses.field(default_factory=Keys)
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    trusted_proxies: Collection[str] = ()
     idle_timeout: float = 60.0
     send_timeout: float = 30.0
     drain_timeout: float = 10.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A session that a request was granted: its id, its protocol and whose it is."""
+
+    session: str
+    wire: WireSession
+    visitor: Visitor
 
 
 class Host:
@@ -56,6 +72,13 @@ class Host:
         self.recognizer = recognizer
         self.config = config or ServerConfig()
         self.batcher = Batcher(recognizer)
+        self._gate = Gate(
+            keys=self.config.keys,
+            limits=self.config.limits,
+            allow_origins=self.config.allow_origins,
+            trusted_proxies=self.config.trusted_proxies,
+            local=web.is_loopback(self.config.host),
+        )
         self.sessions: set[Session] = set()
         self.draining = False
 
@@ -66,22 +89,19 @@ class Host:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.batcher.__aexit__()
 
-    def open(self, target: str, headers: Mapping[str, str]) -> tuple[str, WireSession]:
-        """The id and the protocol of the session that a WebSocket request asks for.
+    def open(self, peer: str, target: str, headers: Mapping[str, str]) -> Opened:
+        """The session that a WebSocket request asks for.
 
         Args:
+            peer: the address at the other end of the socket.
             target: path and query.
             headers: names in lower case.
 
         Raises:
             Refused: it gets none; says the HTTP status and why.
         """
-        origin = headers.get("origin")
-        if not web.origin_allowed(origin, headers.get("host"), self.config.allow_origins):
-            raise Refused(
-                HTTPStatus.FORBIDDEN,
-                f"Pages from {origin} may not connect; start the server with --allow-origin.",
-            )
+        handshake = Handshake.parse(target, headers)
+        visitor = self._gate.admit(peer, handshake)
         bundle = self.recognizer.bundle
         context = Context(
             session=secrets.token_hex(8),
@@ -89,8 +109,8 @@ class Host:
             languages=bundle.languages,
             now=time.time(),
         )
-        handshake = Handshake.parse(target, headers)
-        return context.session, open_session(handshake, context, bare=self.config.bare)
+        wire = open_session(handshake, context, bare=self.config.bare)
+        return Opened(session=context.session, wire=wire, visitor=visitor)
 
     async def run(self, session: Session) -> None:
         """Serve a client until either side is done."""
@@ -101,9 +121,12 @@ class Host:
             return
         self.sessions.add(session)
         try:
-            if self.draining:
-                session.stop()
-            await session.run()
+            with self._gate.seat(session.visitor):
+                if self.draining:
+                    session.stop()
+                await session.run()
+        except WireError as busy:
+            await session.fail(busy)
         finally:
             self.sessions.discard(session)
 

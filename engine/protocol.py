@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loquent.engine.errors import AudioError, ConfigError, ProtocolError
-from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
+from loquent.engine.events import Ended, EndReason, Event, Final, Finalized, Partial, Word
 
 VERSION: Const = 1
 SUBPROTOCOL: Const = "loquent.v1"
@@ -37,7 +37,16 @@ MAX_MESSAGE: Const = 1 << 20
 
 Encoding = Literal["s16le", "f32le"]
 Code = Literal[
-    "bad_json", "bad_type", "bad_config", "bad_audio", "too_big", "busy", "idle", "internal"
+    "bad_json",
+    "bad_type",
+    "bad_config",
+    "bad_audio",
+    "too_big",
+    "flooded",
+    "busy",
+    "idle",
+    "session_limit",
+    "internal",
 ]
 Pcm = npt.NDArray[np.int16] | npt.NDArray[np.float32]
 
@@ -49,8 +58,10 @@ CLOSE_CODES: Const[Mapping[Code, int]] = {
     "bad_config": 1008,
     "bad_audio": 1003,
     "too_big": 1009,
+    "flooded": 1008,
     "busy": 1013,
     "idle": 1008,
+    "session_limit": 1008,
     "internal": 1011,
 }
 _DTYPES: Const[Mapping[str, np.dtype[Any]]] = {
@@ -160,7 +171,10 @@ Command = Start | Audio | Finalize | End
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """The server's answer to `Start`: what it chose. latency_ms is chunk plus right context."""
+    """The server's answer to `Start`: what it chose. latency_ms is chunk plus right context.
+
+    language is the one that is heard (None from a server of before it was named).
+    """
 
     session: str
     bundle: str
@@ -168,6 +182,7 @@ class Ready:
     chunk_ms: float
     latency_ms: float
     sample_rate: int
+    language: str | None = None
     protocol: int = VERSION
 
 
@@ -194,6 +209,7 @@ class ServerProtocol:
         self._max_message = max_message
         self._dtype = _DTYPES["s16le"]
         self._carry = b""
+        self._end_reason: EndReason = "end"
 
     def receive(self, message: str | bytes) -> Command:
         """The client's next message. Raises WireError; the caller then sends `error`."""
@@ -235,11 +251,13 @@ class ServerProtocol:
         """One event of the recogniser as a message. `Ended` closes the session."""
         if isinstance(event, Ended):
             self._signal(Signal.ENDED)
+            event = dataclasses.replace(event, reason=self._end_reason)
         return encode_event(event, progress)
 
-    def end(self) -> None:
-        """The server ends the session itself (shutdown, idle), as though the client had."""
+    def end(self, reason: EndReason) -> None:
+        """The server ends the session itself, as though the client had; `ended` says why."""
         if self.state in (State.CONFIGURED, State.STREAMING):
+            self._end_reason = reason
             self._signal(Signal.END)
 
     def error(self, error: Exception) -> tuple[str, int]:

@@ -8,6 +8,7 @@ connect `loquent.engine.host`'s. The path of a request chooses the wire protocol
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
@@ -22,13 +23,17 @@ from websockets.typing import Subprotocol
 from loquent.engine import web
 from loquent.engine.batcher import Batcher
 from loquent.engine.driver import Gone, Session
-from loquent.engine.host import Host, ServerConfig
+from loquent.engine.host import Host, Opened, ServerConfig
 from loquent.engine.protocol import MAX_MESSAGE
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.dispatch import is_wire
-from loquent.engine.wire.session import Refused, WireSession
+from loquent.engine.wire.session import Refused
 
 __all__ = ["Server", "ServerConfig"]
+
+# websockets' debug messages show whole requests, keys and all.
+_SILENT = logging.getLogger(f"{__name__}.websockets")
+_SILENT.setLevel(logging.CRITICAL)
 
 
 class Server:
@@ -51,6 +56,8 @@ class Server:
                 select_subprotocol=_select_subprotocol,
                 create_connection=_Connection,
                 server_header="loquent",
+                logger=_SILENT,
+                open_timeout=self.config.limits.start_timeout or None,
                 # Audio does not deflate, and a small message could inflate into a huge one.
                 compression=None,
                 # A little above our own limit, so that most oversized messages get our own answer.
@@ -117,7 +124,7 @@ class Server:
             known = headers.get(name.lower())
             headers[name.lower()] = value if known is None else f"{known}, {value}"
         try:
-            connection.session_id, connection.wire = self.host.open(request.path, headers)
+            connection.opened = self.host.open(connection.peer, request.path, headers)
         except Refused as refused:
             response = web.respond_text(refused.status, str(refused))
             response.headers.update(refused.headers)
@@ -126,8 +133,7 @@ class Server:
 
     async def _handle(self, connection: ServerConnection) -> None:
         assert isinstance(connection, _Connection), "made by create_connection"
-        socket = _Socket(connection)
-        await self.host.run(Session(self.host, connection.wire, socket, connection.session_id))
+        await self.host.run(Session(self.host, connection.opened, _Socket(connection)))
 
 
 class _Connection(ServerConnection):
@@ -135,8 +141,13 @@ class _Connection(ServerConnection):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.session_id: str
-        self.wire: WireSession
+        self.opened: Opened
+
+    @property
+    def peer(self) -> str:
+        """The address at the other end."""
+        address = self.remote_address
+        return str(address[0]) if isinstance(address, tuple) else ""
 
 
 class _Socket:
@@ -144,7 +155,6 @@ class _Socket:
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
-        self.peer = connection.remote_address
 
     @property
     def _gone(self) -> bool:
@@ -179,11 +189,11 @@ def _select_subprotocol(
     connection: ServerConnection, offered: Sequence[Subprotocol]
 ) -> Subprotocol | None:
     assert isinstance(connection, _Connection), "made by create_connection"
-    chosen = connection.wire.subprotocol
+    chosen = connection.opened.wire.subprotocol
     return None if chosen is None else Subprotocol(chosen)
 
 
 def _add_headers(connection: ServerConnection, request: Request, response: Response) -> None:
     assert isinstance(connection, _Connection), "made by create_connection"
     if response.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
-        response.headers.update(connection.wire.headers)
+        response.headers.update(connection.opened.wire.headers)

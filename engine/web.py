@@ -119,6 +119,14 @@ def origin_allowed(origin: str | None, host: str | None, allowed: Collection[str
     return url.netloc.lower() == (host or "").lower() or is_loopback(name)
 
 
+def host_name(host: str | None) -> str:
+    """The name or address in a Host header, without the port."""
+    try:
+        return urlsplit(f"//{host or ''}").hostname or ""
+    except ValueError:
+        return ""
+
+
 def is_loopback(name: str) -> bool:
     """Whether a host name or address means this machine."""
     if name == "localhost":

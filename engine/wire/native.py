@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from loquent.engine.batcher import Marked
-from loquent.engine.events import Ended, Event
+from loquent.engine.events import Ended, EndReason, Event
 from loquent.engine.protocol import (
     SUBPROTOCOL,
+    Code,
     End,
     Progress,
     Ready,
@@ -23,13 +26,14 @@ from loquent.engine.wire.session import (
     WireSession,
 )
 
+_REASONS: Mapping[Code, EndReason] = {"idle": "idle", "session_limit": "session_limit"}
+
 
 class NativeSession(WireSession):
     """A session at ``/v1/stream``."""
 
     def __init__(self, handshake: Handshake, context: Context) -> None:
         self._protocol = ServerProtocol(languages=context.languages)
-        self._reason: WireError | None = None
         # Naming the subprotocol is optional, and one that we do not know is no reason to refuse.
         self.subprotocol = SUBPROTOCOL if SUBPROTOCOL in handshake.subprotocols else None
 
@@ -54,18 +58,15 @@ class NativeSession(WireSession):
     def event(self, event: Event | Marked, progress: Progress) -> Actions:
         """One event is one message; `Ended` closes."""
         assert not isinstance(event, Marked), "nothing here asks for marks"
-        if isinstance(event, Ended) and self._reason is not None:
-            return self.error(self._reason)
         said = Send(text=self._protocol.event(event, progress))
         return [said, Close()] if isinstance(event, Ended) else [said]
 
     def end(self, reason: WireError | None) -> Actions:
-        """Finish what was heard; a reason takes the place of ``ended``."""
+        """Finish what was heard; ``ended`` then names the reason."""
         started = self._protocol.state is not State.NEW
         if reason is not None and not started:
             return self.error(reason)
-        self._reason = reason
-        self._protocol.end()
+        self._protocol.end(_REASONS.get(reason.code, "end") if reason else "stopping")
         return [End()] if started else [Close()]
 
     def error(self, error: Exception) -> Actions:

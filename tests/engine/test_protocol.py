@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_mistakes_are_told(message: str | bytes, code: str, said: str) -> None:
 
 def test_every_code_has_a_close_code() -> None:
     assert set(CLOSE_CODES.values()) <= {1002, 1003, 1008, 1009, 1011, 1013}
-    assert len(CLOSE_CODES) == 8
+    assert len(CLOSE_CODES) == 10
 
 
 def test_other_failures_are_translated_and_bugs_stay_inside() -> None:
@@ -220,17 +221,22 @@ def test_an_error_after_the_end_changes_nothing() -> None:
     protocol = brought_to(State.CLOSED)
     protocol.error(WireError("internal", "late"))
     protocol.lost()
-    protocol.end()
+    protocol.end("stopping")
     assert protocol.state is State.CLOSED
 
 
 def test_the_server_may_end_or_lose_a_session() -> None:
     protocol = brought_to(State.STREAMING)
     states = []
-    for happen in (protocol.end, protocol.lost):
-        happen()
-        states.append(protocol.state)
+    protocol.end("idle")
+    states.append(protocol.state)
+    assert json.loads(said := protocol.event(ENDED, PROGRESS))["reason"] == "idle"
+    assert decode_message(said)[0] == dataclasses.replace(ENDED, reason="idle")
+    states.append(protocol.state)
     assert states == [State.DRAINING, State.CLOSED]
+    protocol = brought_to(State.STREAMING)
+    protocol.lost()
+    assert protocol.state is State.CLOSED
 
 
 @pytest.mark.parametrize(
