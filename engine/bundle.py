@@ -23,6 +23,7 @@ from loquent.engine.errors import BundleError, ConfigError
 from loquent.engine.features import FeatureSpec
 from loquent.engine.fields import MANIFEST, Fields
 from loquent.engine.ngram import Ngram
+from loquent.engine.words import PLAIN, WORD_RULES, WordRules
 
 SCHEMA = 1
 BLANK_PIECE = "<blank>"
@@ -111,6 +112,7 @@ class Bundle:
     tokens: tuple[str, ...]
     tokens_sha256: str
     languages: Mapping[str, str]
+    words: Mapping[str, WordRules]
     precision: str
     manifest: Mapping[str, Any]
     files: BundleFiles
@@ -142,6 +144,10 @@ class Bundle:
             return Ngram.from_bytes(_checked(self.files, self.lm.file, self.lm.sha256))
         except (BundleError, ValueError) as exc:
             raise BundleError(f"{self.files.where}: {self.lm.file}: {exc}") from exc
+
+    def word_rules(self, decoder: str) -> WordRules:
+        """What the tokens of a decoder say about its words; as they are, if nobody measured it."""
+        return self.words.get(decoder, PLAIN)
 
     @cached_property
     def frame_seconds(self) -> float:
@@ -233,6 +239,7 @@ def _parse(files: BundleFiles, manifest: object) -> Bundle:
         tokens=tokens,
         tokens_sha256=tokens_sha256,
         languages=top.strings("languages"),
+        words=_words(top.object("words")) if top.has("words") else {},
         precision=top.choice("precision", ("fp32", "int8")),
         manifest=cast(Mapping[str, Any], manifest),
         files=files,
@@ -322,6 +329,22 @@ def _lm(fields: Fields) -> LmSpec:
         weight=fields.number("weight", 0.4),
         word_bonus=fields.number("word_bonus", 1.5),
     )
+
+
+def _words(fields: Fields) -> dict[str, WordRules]:
+    found: dict[str, WordRules] = {}
+    for name in DECODERS:
+        if fields.has(name):
+            own = fields.object(name)
+            numbers = {key: own.number(key, 0.0) for key in WORD_RULES if own.has(key)}
+            for key, value in numbers.items():
+                if not abs(value) <= 100:  # NaN too
+                    raise BundleError(
+                        f"{MANIFEST}: got words.{name}.{key} = {value}, expected -100 to 100; "
+                        "measure it again with `loquent words`"
+                    )
+            found[name] = WordRules(**numbers)
+    return found
 
 
 def _graph(fields: Fields) -> GraphFile:

@@ -107,7 +107,9 @@ class Stream:
         self.encoder_state = encoder_state
         self.ctc = ctc
         self.rnnt = rnnt
-        self.transcript = Transcript(bundle.tokens, bundle.frame_seconds, endpoint)
+        self.transcript = Transcript(
+            bundle.tokens, bundle.frame_seconds, endpoint, bundle.word_rules(decoder)
+        )
         self.done = False
         self._model_rate = bundle.sample_rate
         self._hop = bundle.features.hop

@@ -7,7 +7,6 @@ settled as soon as the next one starts, and only the last one may still grow.
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from copy import copy
 
 from loquent.engine.decode import Token
 from loquent.engine.events import Word
+from loquent.engine.words import PLAIN, WordRules
 
 WORD_START = "▁"
 _BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
@@ -55,19 +55,24 @@ class Hypothesis:
     Args:
         pieces: the bundle's tokens by id.
         frame_seconds: from one encoder frame to the next.
+        rules: from tokens to times and confidences.
     """
 
-    def __init__(self, pieces: Sequence[str], frame_seconds: float) -> None:
+    def __init__(
+        self, pieces: Sequence[str], frame_seconds: float, rules: WordRules = PLAIN
+    ) -> None:
         self._pieces = pieces
         self._frame_seconds = frame_seconds
+        self._rules = rules
         self._settled: list[Word] = []
         self._growing: list[Token] = []
+        self._after = 0.0  # no word begins before the end of the one before
         self.committed = ""
 
     def add(self, token: Token, limit: float) -> None:
         """Append a token; no time goes beyond ``limit`` seconds."""
         if self._growing and self._pieces[token.id].startswith(WORD_START):
-            self._settle(limit)
+            self._settle(token.frame, limit)
         self._growing.append(token)
 
     def followed_by(self, tokens: Sequence[Token], limit: float) -> Hypothesis:
@@ -112,11 +117,14 @@ class Hypothesis:
         words = self.words(limit)
         self._growing.clear()
         self.cut()
+        self._after = words[-1].end if words else self._after
         return words
 
-    def _settle(self, limit: float) -> None:
-        if word := self._last(limit):
+    def _settle(self, following: int, limit: float) -> None:
+        """The last word is over: the next one begins with the token of this frame."""
+        if word := self._last(min(limit, self._rules.start(following, self._frame_seconds))):
             self._settled.append(word)
+            self._after = word.end
             self.committed = f"{self.committed} {word.text}".lstrip()
         self._growing.clear()
 
@@ -124,19 +132,14 @@ class Hypothesis:
         text = self.tentative
         if not text:
             return None  # nothing yet, or a lone word start
-        first, last = self._growing[0].frame, self._growing[-1].frame
+        first, last = self._growing[0], self._growing[-1]
+        rules, seconds = self._rules, self._frame_seconds
+        start = max(min(rules.start(first.frame, seconds), limit), self._after)
+        characters = len(self._pieces[last.id].removeprefix(WORD_START))
+        end = min(rules.end(last.frame, characters, seconds), limit)
         return Word(
             text=text,
-            start=self._seconds(first, limit),
-            end=self._seconds(last + 1, limit),
-            confidence=_confidence(self._growing),
+            start=start,
+            end=max(start, end),
+            confidence=rules.confidence(self._growing),
         )
-
-    def _seconds(self, frame: int, limit: float) -> float:
-        return min(round(frame * self._frame_seconds, 3), limit)
-
-
-def _confidence(tokens: Sequence[Token]) -> float:
-    """Geometric mean of the tokens' probabilities."""
-    mean = sum(token.logp for token in tokens) / len(tokens)
-    return round(min(1.0, math.exp(mean)), 3)

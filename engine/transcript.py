@@ -10,6 +10,7 @@ from loquent.engine.decode import Frame, Token
 from loquent.engine.endpoint import Endpointer, EndpointRules
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Reason, Word
 from loquent.engine.text import Hypothesis
+from loquent.engine.words import PLAIN, WordRules
 
 # Frames by which a token may move when the silence behind it turns out to be speech.
 _SHIFT = 3
@@ -55,6 +56,7 @@ class Transcript:
         pieces: the bundle's tokens by id.
         frame_seconds: from one encoder frame to the next.
         rules: when a segment ends.
+        words: from tokens to times and confidences.
 
     Attributes:
         pending: tokens that a beam search may still change, behind all that were accepted.
@@ -63,11 +65,17 @@ class Transcript:
     """
 
     def __init__(
-        self, pieces: Sequence[str], frame_seconds: float, rules: EndpointRules | None
+        self,
+        pieces: Sequence[str],
+        frame_seconds: float,
+        rules: EndpointRules | None,
+        words: WordRules = PLAIN,
     ) -> None:
         self.limit = math.inf
         self.pending: tuple[Token, ...] = ()
-        self._hypothesis = Hypothesis(pieces, frame_seconds)
+        self._frame_seconds = frame_seconds
+        self._heard = 0.0  # seconds; what a word may last beyond its last token is not yet heard
+        self._hypothesis = Hypothesis(pieces, frame_seconds, words)
         self._endpointer = Endpointer(rules, frame_seconds)
         self._segment = 0
         self._shown = ""
@@ -91,13 +99,14 @@ class Transcript:
     def accept(self, frames: Sequence[Frame]) -> None:
         """Take the frames that follow."""
         for frame in frames:
+            self._heard = round((frame.number + 1) * self._frame_seconds, 3)
             if self._branch is not None:
                 self._branch += frame.tokens
             for token in self._echo.accept(frame.tokens):
-                self._hypothesis.add(token, self.limit)
+                self._hypothesis.add(token, self._latest)
             reason = self._endpointer.accept(frame)
             if reason == "endpoint":
-                self._final(self._hypothesis.finish(self.limit), reason)
+                self._final(self._hypothesis.finish(self._latest), reason)
                 self._endpointer.restart(None)
             elif reason == "limit" and self._hypothesis.settled:
                 self._final(self._hypothesis.cut(), reason)
@@ -109,9 +118,10 @@ class Transcript:
         A beam search may take back all it said: then the text is empty.
         """
         committed = self._hypothesis.committed
-        settled = len(self._hypothesis.words(self.limit)) - bool(self._hypothesis.tentative)
-        shown = self._hypothesis.followed_by(copy(self._echo).accept(self.pending), self.limit)
-        words = shown.words(self.limit)
+        latest = self._latest
+        settled = len(self._hypothesis.words(latest)) - bool(self._hypothesis.tentative)
+        shown = self._hypothesis.followed_by(copy(self._echo).accept(self.pending), latest)
+        words = shown.words(latest)
         tentative = " ".join(word.text for word in words[settled:])
         text = f"{committed} {tentative}".strip()
         if text != self._shown:
@@ -145,7 +155,7 @@ class Transcript:
             endpointer: what ``branch`` returned; the rule goes on from there.
         """
         assert self._branch is not None, "no branch"
-        self._final(self._hypothesis.finish(self.limit), "finalize")
+        self._final(self._hypothesis.finish(self._latest), "finalize")
         self.pending = ()
         self.show()
         self._events.append(Finalized(position=position))
@@ -157,10 +167,14 @@ class Transcript:
 
     def end(self, duration: float) -> None:
         """The stream is over: settle what is left and say so."""
-        self._final(self._hypothesis.finish(self.limit), "end")
+        self._final(self._hypothesis.finish(self._latest), "end")
         self.pending = ()
         self.show()
         self._events.append(Ended(duration=duration, segments=self._segment))
+
+    @property
+    def _latest(self) -> float:
+        return min(self.limit, self._heard)
 
     def _final(self, words: tuple[Word, ...], reason: Reason) -> None:
         if not words:

@@ -16,6 +16,7 @@ import pytest
 from loquent.engine.bundle import Bundle
 from loquent.engine.errors import BundleError
 from loquent.engine.recognizer import Recognizer
+from loquent.engine.words import WordRules
 
 Write = Callable[..., Path]
 Speak = Callable[..., Any]
@@ -70,6 +71,27 @@ def test_bundles_with_one_head(write_bundle: Write, tmp_path: Path, tones: Speak
     for change in (ctc_only, rnnt_only):
         folder = write_bundle(tmp_path / change.__name__, change=change)
         assert Recognizer.load(folder).transcribe(tones([(1, 0.3)]))[0].text == "ba"
+
+
+def test_word_rules(write_bundle: Write, tmp_path: Path, tones: Speak) -> None:
+    def measured(manifest: dict[str, Any]) -> None:
+        manifest["words"] = {"rnnt": {"delay": 0.1, "tail": 0.2, "bias": 0.0, "later": 1}}
+
+    bundle = Bundle.load(write_bundle(tmp_path / "b", change=measured))
+    assert bundle.word_rules("rnnt") == WordRules(delay=0.1, tail=0.2, bias=0.0)
+    assert bundle.word_rules("ctc") == WordRules()
+    pcm = tones([(0, 0.4), (1, 0.3), (0, 1.0)])
+    plain = Recognizer.load(write_bundle(tmp_path / "plain")).transcribe(pcm)[0].words[0]
+    word = Recognizer(bundle).transcribe(pcm)[0].words[0]
+    assert (word.start, word.end) == pytest.approx((plain.start - 0.1, plain.end + 0.2))
+    assert word.confidence == 0.5
+
+    def wrong(manifest: dict[str, Any]) -> None:
+        manifest["words"] = {"rnnt": {"delay": 1e3}}
+
+    refuse(
+        write_bundle(tmp_path / "c", change=wrong), r"got words\.rnnt\.delay = 1000\.0, expected"
+    )
 
 
 # Where it is

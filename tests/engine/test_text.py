@@ -14,6 +14,7 @@ from loquent.engine.errors import ConfigError
 from loquent.engine.events import Ended, Event, Final, Partial, Word
 from loquent.engine.text import Hypothesis, join_pieces
 from loquent.engine.transcript import Transcript
+from loquent.engine.words import WordRules
 
 PIECES = ["<blank>", "▁the", "▁c", "at", "s", "▁", "▁sat", "<0xC3>", "<0xA9>", "."]
 THE, C, AT, S, SPACE, SAT = range(1, 7)
@@ -50,6 +51,58 @@ def test_words_and_times() -> None:
     )
     assert (words.committed, words.tentative) == ("the", "cats")
     assert words.words(0.5)[1] == Word(text="cats", start=0.4, end=0.5, confidence=0.905)
+
+
+RULES = WordRules(
+    delay=0.09, tail=0.1, tail_character=0.05, bias=2.0, least=1.0, mean=0.5, share=2.0
+)
+
+
+def test_times_by_measured_rules() -> None:
+    words = Hypothesis(PIECES, 0.04, RULES)
+    for token, frame in ((THE, 1), (C, 10), (AT, 12), (SAT, 15)):
+        words.add(Token(token, frame, -0.1), math.inf)
+    the, cat, sat = words.words(0.84)
+    assert (the.start, the.end) == (0.0, 0.31)  # 0.08 + 0.1 + 3 * 0.05 but not beyond the next
+    assert (cat.start, cat.end) == (0.31, 0.51)  # the next one's start
+    assert (sat.start, sat.end) == (0.51, 0.84)  # no more was heard
+
+
+def test_confidence_by_measured_rules() -> None:
+    tokens = [Token(C, 10, -0.2), Token(AT, 12, -1.4, share=0.5)]
+    assert RULES.confidence(tokens) == pytest.approx(
+        1 / (1 + math.exp(-(2.0 - 1.4 - 0.5 * 0.8 + 2 * math.log(0.5)))), abs=1e-3
+    )
+    assert WordRules().confidence(tokens) == pytest.approx(math.exp(-1.4), abs=1e-3)
+    assert 0.0 <= RULES.confidence([Token(C, 0, -1e9, share=0.0)]) <= 1.0
+
+
+@given(
+    tokens=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4)), min_size=1, max_size=30),
+    delay=st.floats(-0.2, 0.4),
+    tail=st.floats(-0.2, 0.4),
+    late=st.integers(0, 5),
+)
+def test_times_are_in_order_and_do_not_change(
+    tokens: list[tuple[int, int]], delay: float, tail: float, late: int
+) -> None:
+    words = Hypothesis(PIECES, 0.04, WordRules(delay=delay, tail=tail, tail_character=0.05))
+    frame, settled = 0, 0
+    seen: tuple[Word, ...] = ()
+    for token, gap in tokens:
+        frame += gap
+        heard = (frame + 1 + late) * 0.04
+        words.add(Token(token, frame, -0.1), heard)
+        now = words.words(heard)
+        assert now[:settled] == seen[:settled]
+        settled, seen = len(now) - bool(words.tentative), now
+    seen = words.words(heard)
+    times = [time for word in seen for time in (word.start, word.end)]
+    assert times == sorted(times)
+    assert not times or (times[0] >= 0 and times[-1] <= heard)
+    # A cut of the segment changes no times either.
+    assert words.cut() == seen[:settled]
+    assert words.finish(heard) == seen[settled:]
 
 
 def test_a_lone_word_start_is_no_word() -> None:

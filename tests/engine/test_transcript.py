@@ -27,6 +27,7 @@ def said(events: list[Event]) -> list[tuple[str, ...]]:
 
 def test_pending_words_are_tentative_and_may_all_be_taken_back() -> None:
     transcript = Transcript(PIECES, 0.04, EndpointRules(trailing_silence=0.2))
+    transcript.accept([Frame(number, (), False) for number in range(8)])
     transcript.pending = (token("▁a", 3), token("▁c", 6))
     transcript.show()
     transcript.pending = ()
