@@ -45,6 +45,9 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command("loquent.models.cli:main", "train a model", "train"),
     "export": Command("loquent.export.cli:main", "turn a checkpoint into a bundle", "export"),
     "evaluate": Command("loquent.export.evaluate:main", "word and character error rates", "train"),
+    "measure": Command(
+        "loquent.export.measure:main", "tables: endpoints, stable partials, long streams", "train"
+    ),
     "bench": Command("loquent.export.bench:main", "time the engine on this machine", "train"),
     "version": Command("loquent.clients.cli:version", "print the version"),
 }

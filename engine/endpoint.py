@@ -1,14 +1,18 @@
-"""When a segment ends while people go on talking.
+"""When a segment ends while people go on talking: Kaldi's three rules.
 
-Silence is what the decoder hears as blank, so the rule needs no second model and no clock. At an
-endpoint the encoder's state and CTC's last symbol stay (a reset encoder misses the first word, see
-sherpa-onnx issues 1700 and 781), and the transducer's predictor starts anew.
+Silence is what the decoder hears as blank, so the rules need no second model and no clock; with a
+voice activity detector it is that only where the detector hears no speech either.
+
+What is left of the past behind an endpoint was measured with ``loquent measure endpoints`` (see
+``export/README.md``). The encoder's state and CTC's last symbol stay; the transducer's predictor
+and the language model start anew.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Protocol
 
 from loquent.engine.decode import Frame
 from loquent.engine.errors import ConfigError
@@ -20,21 +24,36 @@ class EndpointRules:
     """Times in seconds.
 
     Attributes:
-        trailing_silence: so much silence after speech ends the segment.
-        max_utterance: a segment longer than this is cut before the word that is growing.
+        leading_silence: rule 1, so much silence with no speech before it; nothing was said, so this
+            makes no event, but what the decoder keeps in mind is forgotten.
+        trailing_silence: rule 2, so much silence after speech ends the segment.
+        max_utterance: rule 3, a longer segment is cut before the word that is growing.
+        reset_decoder: at rules 1 and 2 the predictor of greedy RNN-T starts anew. Beam searches
+            always settle and begin a new sentence there.
+        reset_encoder: at rules 1 and 2 the encoder forgets too, from the next chunk on.
 
     Raises:
         ConfigError: a time is not positive.
     """
 
+    leading_silence: float = 5.0
     trailing_silence: float = 0.8
     max_utterance: float = 20.0
+    reset_decoder: bool = True
+    reset_encoder: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("trailing_silence", "max_utterance"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ConfigError(f"got {name} {value!r}, expected seconds above 0")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool) and not value > 0:
+                raise ConfigError(f"got {field.name} {value!r}, expected seconds above 0")
+
+
+class Hearing(Protocol):
+    """A voice activity detector's view of a stream."""
+
+    def speech(self, frame: int) -> bool:
+        """Whether somebody speaks in an encoder frame, counted from the start of the stream."""
 
 
 class Endpointer:
@@ -43,27 +62,40 @@ class Endpointer:
     Args:
         rules: None never ends a segment.
         frame_seconds: from one encoder frame to the next.
+        voice: a second opinion on what is silence.
     """
 
-    def __init__(self, rules: EndpointRules | None, frame_seconds: float) -> None:
+    def __init__(
+        self, rules: EndpointRules | None, frame_seconds: float, voice: Hearing | None = None
+    ) -> None:
+        self.rules = rules
+        self.voice = voice
+        self._leading = _frames(rules.leading_silence, frame_seconds) if rules else math.inf
         self._silence = _frames(rules.trailing_silence, frame_seconds) if rules else math.inf
         self._longest = _frames(rules.max_utterance, frame_seconds) if rules else math.inf
         self._first: int | None = None
-        self._last = 0
+        self._last = -1  # frame of the latest speech, or of the latest endpoint
+
+    @property
+    def resets(self) -> bool:
+        """Whether a greedy decoder forgets at an endpoint."""
+        return self.rules is None or self.rules.reset_decoder
 
     def accept(self, frame: Frame) -> Reason | None:
         """``endpoint`` or ``limit`` if a segment should end with this frame.
 
         ``limit`` comes again with every frame until ``restart``, as a word may have to end first.
         """
-        if frame.speech:
+        if frame.speech or (self.voice is not None and self.voice.speech(frame.number)):
             self._last = frame.number
             if self._first is None:
                 self._first = frame.number
+        silence = frame.number - self._last
+        if silence >= (self._leading if self._first is None else self._silence):
+            self._last = frame.number
+            return "endpoint"
         if self._first is None:
             return None
-        if frame.number - self._last >= self._silence:
-            return "endpoint"
         return "limit" if frame.number + 1 - self._first >= self._longest else None
 
     def restart(self, first: int | None) -> None:

@@ -22,6 +22,8 @@ from loquent.engine.events import Final
 from loquent.engine.predictor import OnnxPredictor
 from loquent.engine.session import Slot, stack, unstack
 from loquent.engine.stream import Stream, as_float32
+from loquent.engine.vad import SAMPLE_RATE as VAD_RATE
+from loquent.engine.vad import SileroVad, Vad, Voice
 
 Float32 = NDArray[np.float32]
 
@@ -47,11 +49,16 @@ class Recognizer:
         self.bundle = bundle
         self._encoder = OnnxEncoder(bundle, threads=threads)
         self._start = Slot(self._encoder.initial, 0, 1)
+        self._threads = threads
         self._rnnt = (
             RnntGreedy(OnnxPredictor(bundle, bundle.rnnt, threads=threads), blank=bundle.blank)
             if bundle.rnnt
             else None
         )
+
+    @cached_property
+    def _vad(self) -> SileroVad:
+        return SileroVad(threads=self._threads)
 
     @cached_property
     def _fusion(self) -> Fusion:
@@ -80,6 +87,7 @@ class Recognizer:
         decoder: str | None = None,
         right_context_ms: float | None = None,
         endpoint: EndpointRules | None = DEFAULT_ENDPOINT,
+        vad: Vad | None = None,
     ) -> Stream:
         """A new stream.
 
@@ -90,9 +98,12 @@ class Recognizer:
                 the bundle's default if None.
             right_context_ms: one of ``bundle.right_contexts_ms``, the bundle's default if None.
             endpoint: when segments end, None for one segment however long.
+            vad: ``silero`` for a voice activity detector: what it hears as speech is no silence to
+                the endpoint rules, whatever the decoder makes of it.
 
         Raises:
             ConfigError: a value that the bundle does not allow.
+            MissingExtra: the detector is not installed.
         """
         bundle = self.bundle
         decoder = bundle.default_decoder if decoder is None else decoder
@@ -101,6 +112,16 @@ class Recognizer:
                 f"got decoder {decoder!r}, expected one of {', '.join(bundle.decoders)} for this "
                 "model"
             )
+        if vad not in (None, "silero"):
+            raise ConfigError(f"got vad {vad!r}, expected silero or none")
+        if vad and bundle.sample_rate != VAD_RATE:
+            raise ConfigError(
+                f"got vad {vad!r}, which hears {VAD_RATE} Hz, and a model of {bundle.sample_rate} "
+                "Hz; leave it out"
+            )
+        if vad:
+            _ = self._vad  # an error now, not in the first step
+        hop = bundle.features.hop * bundle.encoder.subsampling
         return Stream(
             bundle,
             sample_rate=sample_rate,
@@ -113,6 +134,7 @@ class Recognizer:
             if decoder == "ctc-beam"
             else CtcGreedy(bundle.blank),
             rnnt=self._rnnt.start if self._rnnt and decoder == "rnnt" else None,
+            voice=Voice(hop) if vad else None,
         )
 
     def step(self, streams: Iterable[Stream]) -> None:
@@ -131,6 +153,9 @@ class Recognizer:
             else:
                 key = (stream.segment, stream.right_context)
                 groups.setdefault(key, []).append((stream, window))
+        voices = [s.voice for group in groups.values() for s, _ in group if s.voice is not None]
+        if voices:
+            self._vad.run(voices)
         for (_, right_context), members in groups.items():
             # In the order of their last batch, so that its state can be used as it lies there.
             members.sort(key=lambda m: (id(m[0].encoder_state.batch), m[0].encoder_state.row))
@@ -218,5 +243,6 @@ def _decode_rnnt(
             decoded[row].append(frame)
             if endpointers[row].accept(frame) == "endpoint":
                 endpointers[row].restart(None)
-                batch.reset(row)
+                if endpointers[row].resets:
+                    batch.reset(row)
     return decoded, batch.states()

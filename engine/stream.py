@@ -37,6 +37,7 @@ from loquent.engine.resample import Resampler
 from loquent.engine.ring import Ring
 from loquent.engine.session import Slot
 from loquent.engine.transcript import Transcript
+from loquent.engine.vad import Voice
 
 Float32 = NDArray[np.float32]
 
@@ -67,6 +68,7 @@ class _Trunk:
     encoder_state: Slot
     ctc: CtcGreedy | CtcBeam
     rnnt: RnntState | None
+    voice: Voice | None
     endpointer: Endpointer
 
 
@@ -78,7 +80,7 @@ class Stream:
         decoder: ``rnnt``, ``ctc`` or ``ctc-beam``.
         segment, right_context: of the encoder's windows, in feature frames.
         done: everything is recognised and the last event is out.
-        encoder_state, ctc, rnnt, transcript: for the recogniser only.
+        encoder_state, ctc, rnnt, voice, transcript: for the recogniser only.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Stream:
         encoder_state: Slot,
         ctc: CtcGreedy | CtcBeam,
         rnnt: RnntState | None,
+        voice: Voice | None,
     ) -> None:
         if not MIN_RATE <= sample_rate <= MAX_RATE:
             raise ConfigError(
@@ -100,6 +103,7 @@ class Stream:
                 "the audio first (AudioFile.blocks does it for files)"
             )
         encoder = bundle.encoder
+        self._fresh = encoder_state
         self.sample_rate = sample_rate
         self.decoder = decoder
         self.segment = segment
@@ -107,8 +111,13 @@ class Stream:
         self.encoder_state = encoder_state
         self.ctc = ctc
         self.rnnt = rnnt
+        self.voice = voice
         self.transcript = Transcript(
-            bundle.tokens, bundle.frame_seconds, endpoint, bundle.word_rules(decoder)
+            bundle.tokens,
+            bundle.frame_seconds,
+            endpoint,
+            words=bundle.word_rules(decoder),
+            voice=voice,
         )
         self.done = False
         self._model_rate = bundle.sample_rate
@@ -239,11 +248,19 @@ class Stream:
     def _fill(self) -> None:
         count = min(self._ring.fill, self._needed - self._ring.tail)
         if count > 0:
-            self._chunker.accept(self._fbank.accept(self._ring.read(count)))
+            samples = self._ring.read(count)
+            self._chunker.accept(self._fbank.accept(samples))
+            if self.voice:
+                self.voice.accept(samples)
             self._ring.drop(count)
         if self._closed and not self._ring.fill and not self._chunker.complete:
-            self._chunker.accept(self._fbank.finish())
-            self._chunker.finish()
+            self._end_of_audio()
+
+    def _end_of_audio(self) -> None:
+        self._chunker.accept(self._fbank.finish())
+        self._chunker.finish()
+        if self.voice:
+            self.voice.finish()
 
     def _branch(self, mark: _Mark) -> None:
         """Leave the trunk for the flush of ``mark``."""
@@ -253,16 +270,17 @@ class Stream:
             encoder_state=self.encoder_state,
             ctc=self.ctc.fork(),
             rnnt=self.rnnt,
-            endpointer=self.transcript.branch(),
+            voice=self.voice,
+            endpointer=self.transcript.endpointer(),
         )
         self._fbank, self._chunker = copy(self._fbank), copy(self._chunker)
-        samples = self._ring.read(mark.head - self._ring.tail)
-        for frames in (
-            self._fbank.accept(np.concatenate([samples, mark.rest])),
-            self._fbank.finish(),
-        ):
-            self._chunker.accept(frames)
-        self._chunker.finish()
+        self.voice = self.voice and self.voice.fork()
+        self.transcript.branch(self.voice)
+        samples = np.concatenate([self._ring.read(mark.head - self._ring.tail), mark.rest])
+        self._chunker.accept(self._fbank.accept(samples))
+        if self.voice:
+            self.voice.accept(samples)
+        self._end_of_audio()
 
     def _rejoin(self, trunk: _Trunk, mark: _Mark) -> None:
         """The flush of ``mark`` is recognised: go on with the trunk."""
@@ -270,6 +288,7 @@ class Stream:
         self.transcript.finalize(mark.position, frame, trunk.endpointer)
         self._fbank, self._chunker = trunk.fbank, trunk.chunker
         self.encoder_state, self.ctc, self.rnnt = trunk.encoder_state, trunk.ctc, trunk.rnnt
+        self.voice = trunk.voice
         self._needed = self._fbank.samples_for(self._chunker.needed)
         self._position = mark.position
         self._marks.popleft()
@@ -283,6 +302,8 @@ class Stream:
     def advance(self) -> None:
         """The window is done: say what is new and move on to the next one."""
         self.transcript.show()
+        if self.transcript.forget_encoder():
+            self.encoder_state = self._fresh
         self._chunker.advance()
         self._needed = self._fbank.samples_for(self._chunker.needed)
         if self._chunker.exhausted:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from copy import copy
 
 from loquent.engine.decode import Frame, Token
-from loquent.engine.endpoint import Endpointer, EndpointRules
+from loquent.engine.endpoint import Endpointer, EndpointRules, Hearing
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Reason, Word
 from loquent.engine.text import Hypothesis
 from loquent.engine.words import PLAIN, WordRules
@@ -57,6 +57,7 @@ class Transcript:
         frame_seconds: from one encoder frame to the next.
         rules: when a segment ends.
         words: from tokens to times and confidences.
+        voice: a voice activity detector's view of the stream.
 
     Attributes:
         pending: tokens that a beam search may still change, behind all that were accepted.
@@ -70,13 +71,15 @@ class Transcript:
         frame_seconds: float,
         rules: EndpointRules | None,
         words: WordRules = PLAIN,
+        voice: Hearing | None = None,
     ) -> None:
         self.limit = math.inf
         self.pending: tuple[Token, ...] = ()
         self._frame_seconds = frame_seconds
         self._heard = 0.0  # seconds; what a word may last beyond its last token is not yet heard
         self._hypothesis = Hypothesis(pieces, frame_seconds, words)
-        self._endpointer = Endpointer(rules, frame_seconds)
+        self._endpointer = Endpointer(rules, frame_seconds, voice)
+        self._forget_encoder = False
         self._segment = 0
         self._shown = ""
         self._since = 0.0  # start of what was last shown
@@ -108,6 +111,8 @@ class Transcript:
             if reason == "endpoint":
                 self._final(self._hypothesis.finish(self._latest), reason)
                 self._endpointer.restart(None)
+                rules = self._endpointer.rules
+                self._forget_encoder |= rules is not None and rules.reset_encoder
             elif reason == "limit" and self._hypothesis.settled:
                 self._final(self._hypothesis.cut(), reason)
                 self._endpointer.restart(self._hypothesis.growing_since)
@@ -139,10 +144,15 @@ class Transcript:
                 )
             )
 
-    def branch(self) -> Endpointer:
-        """Frames of a flush follow, until ``finalize``. Returns the rule's state before them."""
+    def forget_encoder(self) -> bool:
+        """Whether an endpoint since the last call asks the encoder to start anew."""
+        forget, self._forget_encoder = self._forget_encoder, False
+        return forget
+
+    def branch(self, voice: Hearing | None) -> None:
+        """Frames of a flush follow, until ``finalize``, with the detector's view of them."""
         self._branch = []
-        return self.endpointer()
+        self._endpointer.voice = voice
 
     def finalize(self, position: float, frame: int, endpointer: Endpointer) -> None:
         """All before ``position`` seconds is said: settle it and say so.
@@ -152,7 +162,7 @@ class Transcript:
 
         Args:
             frame: encoder frame in which ``position`` lies.
-            endpointer: what ``branch`` returned; the rule goes on from there.
+            endpointer: the rule's state before ``branch``; it goes on from there.
         """
         assert self._branch is not None, "no branch"
         self._final(self._hypothesis.finish(self._latest), "finalize")

@@ -1,0 +1,69 @@
+"""``loquent measure``: the tables behind what is said of endpoints and long streams."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+
+from loquent.engine.errors import LoquentError
+from loquent.engine.recognizer import DEFAULT_CHUNK_MS, Recognizer
+from loquent.export import long
+from loquent.models.data import DataError, read_manifest
+
+
+def _endpoints(argv: Sequence[str]) -> None:
+    parser = _parser("endpoints", long.__doc__)
+    parser.add_argument("--clips", type=int, default=12, help="in one recording (default: 12)")
+    args = parser.parse_args(argv)
+    recognizer = Recognizer.load(args.bundle)
+    utterances = read_manifest(args.manifest)[: args.limit]
+    rate = recognizer.bundle.sample_rate
+    recordings = long.join(utterances, sample_rate=rate, clips=args.clips, seed=args.seed)
+    minutes = sum(len(r.pcm) for r in recordings) / rate / 60
+    print(f"{len(utterances)} clips in {len(recordings)} recordings, {minutes:.0f} minutes")
+    variants = [*long.VARIANTS, *(long.VAD_VARIANTS if find_spec("silero_vad") else ())]
+    # Alone: every clip its own recording, with the same pause behind it.
+    apart = long.join(utterances, sample_rate=rate, clips=1, seed=args.seed)
+    chunk_ms = args.chunk_ms
+    for decoder in args.decoder or [recognizer.bundle.default_decoder]:
+        alone = long.compare(
+            recognizer, apart, [long.VARIANTS[0]], decoder=decoder, chunk_ms=chunk_ms
+        )
+        rows = [("every clip apart", alone[0][1])]
+        rows += long.compare(recognizer, recordings, variants, decoder=decoder, chunk_ms=chunk_ms)
+        print(f"\n{decoder}, chunks of {chunk_ms:g} ms\n\n{long.table(rows)}")
+        print(json.dumps({"decoder": decoder, "rows": {name: asdict(t) for name, t in rows}}))
+
+
+TABLES: Mapping[str, Callable[[Sequence[str]], None]] = {"endpoints": _endpoints}
+
+
+def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"loquent measure {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("manifest", type=Path, help="JSONL with audio, text, duration, source")
+    parser.add_argument("--bundle", default="en", help="name, folder or tar (default: en)")
+    parser.add_argument("--decoder", action="append", help="may be repeated")
+    parser.add_argument("--chunk-ms", type=float, default=DEFAULT_CHUNK_MS)
+    parser.add_argument("--limit", type=int, help="use the first so many clips only")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="loquent measure", description=__doc__)
+    parser.add_argument("table", choices=TABLES, help="what to measure")
+    args = parser.parse_args(argv[:1])
+    try:
+        TABLES[args.table](argv[1:])
+    except (LoquentError, DataError) as error:
+        parser.exit(1, f"loquent measure: {error}\n")
+    return 0
