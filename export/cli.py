@@ -17,8 +17,9 @@ from loquent.engine.features import whisper_spec
 from loquent.engine.fields import MANIFEST
 from loquent.engine.recognizer import Recognizer
 from loquent.export.bundle import BundleSpec, update_manifest, write_bundle, write_int8
-from loquent.export.evaluate import Result, evaluate
+from loquent.export.evaluate import evaluate
 from loquent.export.parity import compare
+from loquent.export.results import Result
 from loquent.models.checkpoint import (
     Checkpoint,
     CheckpointError,

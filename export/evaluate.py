@@ -1,7 +1,7 @@
-"""``loquent evaluate``: word and character error rates, measured by streaming.
+"""``loquent evaluate``: error rates with confidence intervals, measured by streaming.
 
-Every clip goes chunk by chunk through the ONNX engine, exactly as a server would do it; clips run
-side by side as a batch of streams of different ages.
+Every clip goes chunk by chunk through the ONNX engine, exactly as a server would do it. Noise can
+be mixed in, the delay of words measured, and other recognisers run on the same clips.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,47 +19,61 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from loquent.engine.audio import load_audio
-from loquent.engine.bundle import DECODERS, Bundle
+from loquent.engine.bundle import DECODERS
 from loquent.engine.errors import LoquentError
-from loquent.engine.events import Final
 from loquent.engine.recognizer import Recognizer
-from loquent.engine.stream import Stream
+from loquent.export.card import write_card
+from loquent.export.emission import DelayMeter
+from loquent.export.peers import Peer, open_peers
+from loquent.export.results import (
+    CLEAN,
+    Line,
+    Result,
+    as_dicts,
+    cost_table,
+    delay_table,
+    entity_table,
+    table,
+    write_lines,
+)
+from loquent.export.streaming import BATCH, Said, stream_all
+from loquent.models.align import AlignmentError
+from loquent.models.checkpoint import CheckpointError
 from loquent.models.data import DataError, Utterance, read_manifest
-from loquent.models.scoring import Score
+from loquent.models.noise import Noise, mix, open_noise
 
-_BATCH = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """Scores of one bundle, decoder and chunk size, by source."""
-
-    bundle: str
-    precision: str
-    decoder: str
-    chunk_ms: float
-    scores: dict[str, Score]
-
-    @property
-    def total(self) -> Score:
-        """All sources together."""
-        return sum(self.scores.values(), Score())
+Float32 = NDArray[np.float32]
 
 
-class _Clip:
-    """A recording on its way through a stream."""
+class Clips:
+    """The audio of a set of utterances, read once, with or without noise.
 
-    def __init__(self, index: int, stream: Stream, pcm: NDArray[np.float32]) -> None:
-        self.index, self.stream, self.pcm = index, stream, pcm
-        self.sent = 0
+    Args:
+        utterances: the clips.
+        noise: where noise comes from, if any is mixed in.
+        snr_db: how far it is below the speech. The same clip gets the same noise every time.
+    """
 
-    def feed(self) -> None:
-        """Give the stream as much as it wants."""
-        while self.stream.wants_audio and self.sent < len(self.pcm):
-            self.stream.accept(self.pcm[self.sent : self.sent + self.stream.sample_rate])
-            self.sent += self.stream.sample_rate
-        if self.sent >= len(self.pcm):
-            self.stream.finish()
+    def __init__(
+        self, utterances: Sequence[Utterance], noise: Noise | None = None, snr_db: float = 0.0
+    ) -> None:
+        self.utterances = utterances
+        self.noise, self.snr_db = noise, snr_db
+        self.label = CLEAN if noise is None else f"{snr_db:g} dB"
+        self.seconds = sum(u.duration for u in utterances)
+        self.reading = 0.0  # processor seconds spent here, which are not the recogniser's
+
+    def get(self, i: int, sample_rate: int = 16000) -> Float32:
+        """Samples of clip ``i``."""
+        before = time.process_time()
+        pcm = load_audio(self.utterances[i].audio, sample_rate=sample_rate)
+        if self.noise is not None:
+            name = self.utterances[i].audio.name.encode()
+            pcm = mix(
+                pcm, self.noise.draw(len(pcm), np.random.default_rng(zlib.crc32(name))), self.snr_db
+            )
+        self.reading += time.process_time() - before
+        return pcm
 
 
 def transcribe_all(
@@ -67,91 +82,83 @@ def transcribe_all(
     *,
     decoder: str,
     chunk_ms: float,
-    batch: int = _BATCH,
+    batch: int = BATCH,
 ) -> list[str]:
-    """Transcripts of clips, streamed ``batch`` at a time; a free place is filled at once."""
-    texts = [""] * len(utterances)
-    waiting = iter(range(len(utterances)))
-    running: list[_Clip] = []
-    with tqdm(total=len(utterances), unit="clip", leave=False) as bar:
-        bar.set_description(f"{decoder} {chunk_ms:g} ms")
-        while True:
-            while len(running) < batch and (i := next(waiting, None)) is not None:
-                stream = recognizer.stream(decoder=decoder, chunk_ms=chunk_ms)
-                pcm = load_audio(utterances[i].audio, sample_rate=recognizer.bundle.sample_rate)
-                running.append(_Clip(i, stream, pcm))
-            if not running:
-                return texts
-            for clip in running:
-                clip.feed()
-            recognizer.step([clip.stream for clip in running])
-            for clip in running:
-                finals = [e.text for e in clip.stream.events() if isinstance(e, Final)]
-                texts[clip.index] = " ".join([texts[clip.index], *finals]).strip()
-            bar.update(sum(clip.stream.done for clip in running))
-            running = [clip for clip in running if not clip.stream.done]
+    """Transcripts of clips, streamed ``batch`` at a time."""
+    clips = Clips(utterances)
+    said = _stream(recognizer, clips, decoder=decoder, chunk_ms=chunk_ms, batch=batch)
+    return [" ".join(word.text for word in words) for words in said]
+
+
+def _stream(
+    recognizer: Recognizer, clips: Clips, *, decoder: str, chunk_ms: float, batch: int
+) -> list[list[Said]]:
+    rate = recognizer.bundle.sample_rate
+
+    def reader(i: int) -> Callable[[], Float32]:
+        return lambda: clips.get(i, rate)
+
+    audio = [reader(i) for i in range(len(clips.utterances))]
+    return stream_all(recognizer, audio, decoder=decoder, chunk_ms=chunk_ms, batch=batch)
 
 
 def evaluate(
     recognizer: Recognizer,
-    utterances: Sequence[Utterance],
+    clips: Sequence[Utterance] | Clips,
     *,
     decoder: str,
     chunk_ms: float,
-    batch: int = _BATCH,
+    batch: int = BATCH,
+    delays: DelayMeter | None = None,
 ) -> Result:
     """Score one bundle with one decoder at one chunk size."""
-    texts = transcribe_all(recognizer, utterances, decoder=decoder, chunk_ms=chunk_ms, batch=batch)
-    scores: dict[str, Score] = {}
-    for utterance, text in zip(utterances, texts, strict=True):
-        score = Score.of(utterance.text, text)
-        scores[utterance.source] = scores.get(utterance.source, Score()) + score
+    if not isinstance(clips, Clips):
+        clips = Clips(clips)
+    before, reading = time.process_time(), clips.reading
+    said = _stream(recognizer, clips, decoder=decoder, chunk_ms=chunk_ms, batch=batch)
+    cpu = time.process_time() - before - (clips.reading - reading)
     bundle = recognizer.bundle
     return Result(
         bundle=bundle.name,
         precision=bundle.precision,
         decoder=decoder,
         chunk_ms=chunk_ms,
-        scores=scores,
+        noise=clips.label,
+        lines=tuple(
+            Line.of(utterance, " ".join(word.text for word in words))
+            for utterance, words in zip(clips.utterances, said, strict=True)
+        ),
+        cpu_seconds=cpu,
+        audio_seconds=clips.seconds,
+        delays=delays.measure(said) if delays else (),
     )
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: a row per setting, WER / CER in percent per source."""
-    sources = sorted({s for r in results for s in r.scores})
-    lines = [
-        "| precision | decoder | chunk ms | " + " | ".join(sources) + " | all |",
-        "|---" * (len(sources) + 4) + "|",
-    ]
-    for r in results:
-        cells = [r.scores[s] for s in sources] + [r.total]
-        numbers = " | ".join(f"{100 * c.wer:.1f} / {100 * c.cer:.1f}" for c in cells)
-        lines.append(f"| {r.precision} | {r.decoder} | {r.chunk_ms:g} | {numbers} |")
-    return "\n".join(lines)
+def evaluate_peer(name: str, peer: Peer, clips: Clips) -> Result:
+    """Score another recogniser, one clip at a time."""
+    lines: list[Line] = []
+    before, reading = time.process_time(), clips.reading
+    for i, utterance in enumerate(
+        tqdm(clips.utterances, unit="clip", leave=False, disable=None, desc=name)
+    ):
+        lines.append(Line.of(utterance, peer(clips.get(i))))
+    return Result(
+        bundle=name,
+        noise=clips.label,
+        lines=tuple(lines),
+        cpu_seconds=time.process_time() - before - (clips.reading - reading),
+        audio_seconds=clips.seconds,
+    )
 
 
-def as_json(results: Sequence[Result]) -> str:
-    """One JSON line with every number of :func:`table`."""
-    rows = [
-        {
-            "precision": r.precision,
-            "decoder": r.decoder,
-            "chunk_ms": r.chunk_ms,
-            "wer": round(r.total.wer, 5),
-            "cer": round(r.total.cer, 5),
-            "sources": {
-                name: {"wer": round(s.wer, 5), "cer": round(s.cer, 5), "words": s.words}
-                for name, s in sorted(r.scores.items())
-            },
-        }
-        for r in results
-    ]
-    return json.dumps({"results": rows})
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="loquent evaluate", description=__doc__)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loquent evaluate",
+        description=__doc__,
+        epilog="Examples: `loquent evaluate dev.jsonl --chunk-ms 320`; `... --snr 20 --snr 5 "
+        "--noise babble`; `... --peers pocketsphinx,whisper-tiny --whisper-tiny DIR`; "
+        "`... --delay --card BUNDLE`.",
+    )
     parser.add_argument("manifest", type=Path, help="JSONL with audio, text, duration, source")
     parser.add_argument(
         "--bundle", action="append", metavar="BUNDLE", help="name, folder or tar; may be repeated"
@@ -161,33 +168,153 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--decoder", choices=DECODERS, action="append", help="default: all")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=_BATCH, help="clips side by side")
-    args = parser.parse_args(argv)
-    try:
-        utterances = read_manifest(args.manifest)
-        if not utterances:
-            raise DataError(f"{args.manifest}: no usable row")
-        results: list[Result] = []
-        for source in args.bundle or ["en"]:
-            recognizer = Recognizer.load(source, threads=args.threads)
-            bundle: Bundle = recognizer.bundle
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help=f"clips side by side (default {BATCH}; 1 with --peers, who take one at a time)",
+    )
+    parser.add_argument(
+        "--by",
+        action="append",
+        metavar="FIELD",
+        help="a table by this field of the manifest: speaker, accent (default: source)",
+    )
+    noise = parser.add_argument_group("noise")
+    noise.add_argument(
+        "--snr",
+        type=float,
+        action="append",
+        default=[],
+        metavar="DB",
+        help="also with noise this far below the speech; may be repeated",
+    )
+    noise.add_argument(
+        "--noise",
+        default="babble",
+        metavar="KIND|PATH",
+        help="babble, white, pink, brown, or a folder or JSONL manifest of recordings "
+        "(default %(default)s)",
+    )
+    delay = parser.add_argument_group("delay of words")
+    delay.add_argument(
+        "--delay", action="store_true", help="measure it against forced alignment of the transcript"
+    )
+    delay.add_argument(
+        "--aligner",
+        metavar="MODEL",
+        help="bundle or checkpoint that aligns (default: the bundle itself)",
+    )
+    peers = parser.add_argument_group("other recognisers on the same clips")
+    peers.add_argument(
+        "--peers",
+        default="",
+        metavar="NAMES",
+        help="separated by commas: pocketsphinx, whisper-tiny, whisper-base, whisper-tiny-int8, "
+        "whisper-base-int8",
+    )
+    for size in ("tiny", "base"):
+        peers.add_argument(
+            f"--whisper-{size}", metavar="DIR", help="CTranslate2 model with tokenizer.json"
+        )
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print one line of JSON and no tables")
+    out.add_argument(
+        "--lines", type=Path, metavar="FILE", help="what was heard in each clip, JSONL"
+    )
+    out.add_argument(
+        "--card",
+        type=Path,
+        metavar="PATH",
+        help="write a model card: a Markdown file, or a bundle's folder, which gets a README.md "
+        "and the scores in its manifest",
+    )
+    out.add_argument(
+        "--about", type=Path, metavar="FILE", help="Markdown to stand at the head of the card"
+    )
+    return parser
+
+
+def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
+    utterances = read_manifest(args.manifest)
+    if not utterances:
+        raise DataError(f"{args.manifest}: no usable row")
+    folders = {"whisper-tiny": args.whisper_tiny, "whisper-base": args.whisper_base}
+    peers = open_peers(args.peers, {name: path for name, path in folders.items() if path})
+    conditions = [Clips(utterances)]
+    if args.snr:
+        noise = open_noise(args.noise)
+        conditions += [Clips(utterances, noise, snr) for snr in args.snr]
+    batch = args.batch or (1 if peers else BATCH)
+    sources = args.bundle or ["en"]
+    results: list[Result] = []
+
+    def note(result: Result) -> None:
+        results.append(result)
+        setting = " ".join(
+            part
+            for part in (
+                result.bundle,
+                result.precision,
+                result.decoder,
+                f"{result.chunk_ms:g} ms" if result.chunk_ms else "",
+                result.noise if result.noise != CLEAN else "",
+            )
+            if part
+        )
+        print(f"{setting}: WER {100 * result.total.wer:.1f} %", file=sys.stderr)
+
+    for source in sources:
+        recognizer = Recognizer.load(source, threads=args.threads)
+        bundle = recognizer.bundle
+        meter = DelayMeter(args.aligner or source, utterances) if args.delay else None
+        for clips in conditions:
             for decoder in args.decoder or bundle.decoders:
                 for chunk_ms in args.chunk_ms or bundle.chunks_ms:
-                    result = evaluate(
-                        recognizer,
-                        utterances,
-                        decoder=decoder,
-                        chunk_ms=chunk_ms,
-                        batch=args.batch,
+                    note(
+                        evaluate(
+                            recognizer,
+                            clips,
+                            decoder=decoder,
+                            chunk_ms=chunk_ms,
+                            batch=batch,
+                            delays=meter,
+                        )
                     )
-                    results.append(result)
-                    print(
-                        f"{bundle.precision} {decoder} {chunk_ms:g} ms: "
-                        f"WER {100 * result.total.wer:.1f} %",
-                        file=sys.stderr,
-                    )
-    except (LoquentError, DataError) as error:
+    for name, peer in peers.items():
+        for clips in conditions:
+            note(evaluate_peer(name, peer, clips))
+    return results, sources
+
+
+def _tables(results: Sequence[Result], by: Sequence[str], *, costs: bool) -> str:
+    parts = ["WER ± half of its 95 % interval / CER, percent:"]
+    for name in by:
+        parts += [f"by {name}:"] if len(by) > 1 else []
+        parts.append(table(results, name))
+    if entities := entity_table(results):
+        parts.append(entities)
+    if costs:
+        parts.append(cost_table(results))
+    if delays := delay_table(results):
+        parts += ["From the end of a word, by forced alignment, to its caption:", delays]
+    return "\n\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    by = args.by or ["source"]
+    try:
+        results, sources = _run(args)
+        if args.card:
+            write_card(args.card, results, sources[0], args.manifest.name, args.about)
+        if args.lines:
+            write_lines(results, args.lines)
+    except (AlignmentError, CheckpointError, LoquentError, DataError, OSError) as error:
         parser.exit(1, f"loquent evaluate: {error}\n")
-    print(table(results))
-    print(as_json(results))
+    if not args.json:
+        print(_tables(results, by, costs=bool(args.peers)))
+        print()
+    print(json.dumps({"results": as_dicts(results, by)}, ensure_ascii=False))
     return 0

@@ -15,9 +15,9 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -46,12 +46,14 @@ class Utterance:
         text: normalised transcript.
         source: name of the corpus.
         duration: seconds.
+        row: the manifest's row as it stands: the text before normalisation, the speaker.
     """
 
     audio: Path
     text: str
     source: str
     duration: float
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_manifest(
@@ -88,6 +90,7 @@ def read_manifest(
                 text=text,
                 source=row.get("source", path.stem),
                 duration=float(row["duration"]),
+                row=row,
             )
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise DataError(

@@ -1,9 +1,11 @@
-"""Scores of transcripts: counts that add up, and the greedy CTC path of a label sequence."""
+"""Scores of transcripts: counts that add up, how sure they are, and the greedy CTC path."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from loquent.models.text import edit_distance, normalise
 
@@ -49,6 +51,40 @@ class Score:
     def cer(self) -> float:
         """Character error rate as a fraction."""
         return self.char_errors / max(1, self.chars)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Between which two fractions a rate lies with 95 % confidence."""
+
+    low: float
+    high: float
+
+    @property
+    def half(self) -> float:
+        """Half of its width, for ``a ± b``."""
+        return (self.high - self.low) / 2
+
+
+def bootstrap(
+    scores: Sequence[Score], *, rounds: int = 1000, seed: int = 0
+) -> tuple[Interval, Interval]:
+    """Confidence intervals of WER and CER, by drawing utterances anew with replacement.
+
+    It says what other utterances of the same speakers and kind might have scored (Bisani and Ney,
+    ICASSP 2004), not what other speakers would.
+    """
+    if not scores:
+        return Interval(0.0, 0.0), Interval(0.0, 0.0)
+    counts = np.array(
+        [(s.word_errors, s.words, s.char_errors, s.chars) for s in scores], np.float64
+    )
+    rng = np.random.default_rng(seed)
+    n = len(scores)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=rounds) @ counts
+    rates = drawn[:, ::2] / np.maximum(1, drawn[:, 1::2])
+    low, high = np.percentile(rates, (2.5, 97.5), axis=0)
+    return Interval(float(low[0]), float(high[0])), Interval(float(low[1]), float(high[1]))
 
 
 def ctc_greedy(labels: Sequence[int], blank: int) -> list[int]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jiwer
+import numpy as np
 import pytest
 
 from loquent.engine.audio import load_audio
+from loquent.engine.bundle import Bundle
 from loquent.engine.recognizer import Recognizer
-from loquent.export.evaluate import Result, as_json, evaluate, main, table, transcribe_all
+from loquent.export.evaluate import evaluate, main, transcribe_all
+from loquent.models.align import BundleCtc, align
 from loquent.models.data import Utterance, read_manifest
-from loquent.models.scoring import Score
 
 pytestmark = pytest.mark.slow
 
@@ -64,55 +67,93 @@ def test_scores_are_jiwers_by_source(recognizer: Recognizer, utterances: list[Ut
     assert (result.bundle, result.precision, result.chunk_ms) == ("toy", "fp32", 320)
 
 
-RESULTS = [
-    Result(
-        bundle="en",
-        precision=precision,
-        decoder="rnnt",
-        chunk_ms=160.0,
-        scores={"b": Score(1, 4, 2, 16, 1), "a": Score(1, 2, 3, 8, 2)},
-    )
-    for precision in ("fp32", "int8")
-]
-
-
-def test_table() -> None:
-    assert table(RESULTS).splitlines() == [
-        "| precision | decoder | chunk ms | a | b | all |",
-        "|---|---|---|---|---|---|",
-        "| fp32 | rnnt | 160 | 50.0 / 37.5 | 25.0 / 12.5 | 33.3 / 20.8 |",
-        "| int8 | rnnt | 160 | 50.0 / 37.5 | 25.0 / 12.5 | 33.3 / 20.8 |",
-    ]
-
-
-def test_json_is_one_line_with_the_numbers_of_the_table() -> None:
-    text = as_json(RESULTS)
-    assert "\n" not in text
-    first = json.loads(text)["results"][0]
-    assert first == {
-        "precision": "fp32",
-        "decoder": "rnnt",
-        "chunk_ms": 160.0,
-        "wer": 0.33333,
-        "cer": 0.20833,
-        "sources": {
-            "a": {"wer": 0.5, "cer": 0.375, "words": 2},
-            "b": {"wer": 0.25, "cer": 0.125, "words": 4},
-        },
-    }
-
-
 def test_command(fp32: Any, int8: Any, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--chunk-ms", "80", "--chunk-ms", "320", "--decoder", "ctc"]
     bundles = ["--bundle", str(fp32.folder), "--bundle", str(int8.folder)]
     assert main([str(corpus), *bundles, *options]) == 0
     *rows, last = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
-    assert cells[0] == ["precision", "decoder", "chunk ms", "even", "odd", "all"]
-    assert [row[:3] for row in cells[2:]] == [
-        [precision, "ctc", chunk] for precision in ("fp32", "int8") for chunk in ("80", "320")
+    cells = cells[2 : 2 + 6]
+    assert cells[0] == ["system", "precision", "decoder", "chunk ms", "even", "odd", "all"]
+    assert [row[:4] for row in cells[2:]] == [
+        ["toy", precision, "ctc", chunk]
+        for precision in ("fp32", "int8")
+        for chunk in ("80", "320")
     ]
     assert [row["wer"] for row in json.loads(last)["results"]] == [0.0] * 4
+    assert main([str(corpus), *bundles, *options, "--json"]) == 0
+    (only,) = capsys.readouterr().out.splitlines()
+    without = [
+        [{**row, "cpu_per_second": None} for row in json.loads(text)["results"]]
+        for text in (last, only)
+    ]
+    assert without[0] == without[1]
+
+
+def test_noise_delay_lines_and_card(
+    fp32: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "toy"
+    shutil.copytree(fp32.folder, bundle)
+    about = tmp_path / "about.md"
+    about.write_text("For toys.\n")
+    lines = tmp_path / "lines.jsonl"
+    options = ["--bundle", str(bundle), "--chunk-ms", "80", "--decoder", "ctc"]
+    options += ["--snr", "-20", "--noise", "white", "--delay", "--by", "source", "--by", "licence"]
+    options += ["--lines", str(lines), "--card", str(bundle), "--about", str(about)]
+    assert main([str(corpus), *options]) == 0
+    clean, noisy = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert (clean["noise"], noisy["noise"]) == ("clean", "-20 dB")
+    assert clean["wer"] == 0 < noisy["wer"]
+    assert clean["by"]["licence"].keys() == {"CC0-1.0"}
+    assert clean["delay_ms"]["words"] == clean["words"] == 72
+    # Tones are known before they end, and this model goes on saying them to their end.
+    assert -160 < clean["delay_ms"]["shown"] < 160
+    # Greedy decoding commits a word when the next one starts.
+    assert clean["delay_ms"]["shown"] < clean["delay_ms"]["committed"] < 700
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(rows) == 2 * 24
+    assert all(row["heard"] == row["text"] for row in rows if row["noise"] == "clean")
+    assert sum(row["errors"] for row in rows[24:]) / 72 == pytest.approx(noisy["wer"], abs=1e-4)
+    card = (bundle / "README.md").read_text()
+    assert card.startswith("# The model `toy`, version 0.1.0\n\nFor toys.\n")
+    for part in ("## Training", "## Accuracy", "## In noise", "## Delay", "## Cost", "core-hours"):
+        assert part in card
+    # The bundle still loads, and knows its scores.
+    assert [row["wer"] for row in Bundle.load(bundle).manifest["scores"]] == [0.0, noisy["wer"]]
+
+
+def test_alignment_finds_the_tones(fp32: Any, utterances: list[Utterance]) -> None:
+    model = BundleCtc(Bundle.load(fp32.folder))
+    off = [
+        word.start - (0.2 + i * (0.16 + 0.15))
+        for u in utterances
+        for i, word in enumerate(align(model, load_audio(u.audio), u.text).words)
+    ]
+    assert len(off) == 72
+    assert np.abs(off).max() < 0.16
+    assert np.median(np.abs(off)) < 0.08
+
+
+def test_peers_hear_the_same_clips(
+    fp32: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pocketsphinx")
+    manifest = tmp_path / "two.jsonl"
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()[:2]]
+    for row in rows:
+        row["audio"] = str(corpus.parent / row["audio"])
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--bundle", str(fp32.folder), "--decoder", "ctc", "--chunk-ms", "320"]
+    assert main([str(manifest), *options, "--peers", "pocketsphinx"]) == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    ours, theirs = json.loads(last)["results"]
+    assert (ours["system"], theirs["system"]) == ("toy", "pocketsphinx")
+    assert ours["clips"] == theirs["clips"] == 2
+    assert ours["wer"] == 0 < theirs["wer"]  # nobody has told it of this language of tones
+    assert ours["cpu_per_second"] > 0
+    assert theirs["cpu_per_second"] > 0
+    assert "CPU s / audio s" in "\n".join(text)
 
 
 def test_everything_the_bundle_offers_is_the_default(
@@ -151,3 +192,13 @@ def test_mistakes(
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"audio": "gone.wav", "text": "a", "duration": 1}')
     assert "gone.wav: No such file" in error(broken, *bundle)
+    noise = ("--snr", 5, "--noise")
+    assert "got noise 'hum', expected" in error(corpus, *bundle, *noise, "hum")
+    (tmp_path / "quiet").mkdir()
+    assert "got no recordings" in error(corpus, *bundle, *noise, tmp_path / "quiet")
+    peers = ("--peers", "whisper-tiny")
+    assert "got 'siri', expected pocketsphinx" in error(corpus, *bundle, "--peers", "siri")
+    assert "expected --whisper-tiny DIR" in error(corpus, *bundle, *peers)
+    assert "model.bin is missing" in error(corpus, *bundle, *peers, "--whisper-tiny", tmp_path)
+    card = ("--chunk-ms", 320, "--decoder", "ctc", "--card")
+    assert "a folder without manifest.json" in error(corpus, *bundle, *card, tmp_path)
