@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, Command] = {
     "measure": Command(
         "loquent.export.measure:main", "tables: endpoints, stable partials, long streams", "train"
     ),
+    "words": Command("loquent.export.words:main", "measure word times and confidences", "report"),
     "bench": Command("loquent.export.bench:main", "time the engine on this machine", "train"),
     "version": Command("loquent.clients.cli:version", "print the version"),
 }
