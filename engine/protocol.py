@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from loquent.engine.errors import AudioError, ConfigError, ProtocolError
 from loquent.engine.events import Ended, EndReason, Event, Final, Finalized, Partial, Word
+from loquent.engine.wire.strict_json import parse_object
 
 VERSION: Const = 1
 SUBPROTOCOL: Const = "loquent.v1"
@@ -316,14 +317,11 @@ def as_wire_error(error: Exception) -> WireError:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as exc:
+        return parse_object(text)
+    except ValueError as exc:
         raise WireError(
             "bad_json", f'got {text[:80]!r}, expected JSON such as {{"type": "start", ...}} ({exc})'
         ) from exc
-    if not isinstance(fields, dict):
-        raise WireError("bad_json", f"got JSON of type {type(fields).__name__}, expected an object")
-    return fields
 
 
 _KINDS: Const[Mapping[str, tuple[str, tuple[type, ...]]]] = {
