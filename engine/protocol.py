@@ -189,10 +189,17 @@ class Ready:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Seconds of audio that the server has received and processed so far."""
+    """Seconds of audio that the server has received and processed so far.
+
+    Attributes:
+        lag: seconds that wait, the chunk that is not whole yet among them.
+        lagging: more waits than that chunk explains; partials may be left out until it is less.
+    """
 
     received: float
     processed: float
+    lag: float = 0.0
+    lagging: bool = False
 
 
 class ServerProtocol:

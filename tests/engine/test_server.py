@@ -107,7 +107,9 @@ async def caption(
 
 def strip(message: Message) -> Message:
     """Without what depends on the time of day."""
-    return {k: v for k, v in message.items() if k not in ("received", "processed")}
+    return {
+        k: v for k, v in message.items() if k not in ("received", "processed", "lag", "lagging")
+    }
 
 
 def of_kind(messages: Sequence[Message], *kinds: str) -> list[Message]:
