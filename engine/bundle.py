@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from loquent.engine.archive import BundleFiles, open_files
+from loquent.engine.decode.fusion import BEAM_WEIGHTS, BeamRules
 from loquent.engine.errors import BundleError, ConfigError
 from loquent.engine.features import FeatureSpec
 from loquent.engine.fields import MANIFEST, Fields
@@ -32,8 +33,17 @@ META_SCHEMA = "loquent_schema"
 META_FEATURES = "loquent_features"  # FeatureSpec.digest()
 META_TOKENS = "loquent_tokens"  # sha256 of tokens.txt
 
-Decoder = Literal["rnnt", "ctc", "ctc-beam"]
-DECODERS: tuple[Decoder, ...] = ("rnnt", "ctc", "ctc-beam")
+DecoderName = Literal["joint", "rnnt-beam", "ctc-beam", "rnnt", "ctc"]
+Head = Literal["ctc", "joiner"]
+# What each decoder reads of the encoder.
+HEADS: Mapping[DecoderName, tuple[Head, ...]] = {
+    "joint": ("ctc", "joiner"),
+    "rnnt-beam": ("joiner",),
+    "ctc-beam": ("ctc",),
+    "rnnt": ("joiner",),
+    "ctc": ("ctc",),
+}
+DECODERS = tuple(HEADS)
 DTYPES = ("float32", "float16", "int64", "int32")
 
 _BUNDLES = Path(__file__).with_name("bundles")
@@ -83,12 +93,10 @@ class RnntSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LmSpec:
-    """The word language model of beam search, and how much it counts."""
+    """The word language model of beam search."""
 
     file: str
     sha256: str
-    weight: float
-    word_bonus: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,7 +115,8 @@ class Bundle:
     has_ctc: bool
     rnnt: RnntSpec | None
     lm: LmSpec | None
-    default_decoder: Decoder
+    beams: Mapping[DecoderName, BeamRules]
+    default_decoder: DecoderName
     blank: int
     tokens: tuple[str, ...]
     tokens_sha256: str
@@ -155,10 +164,12 @@ class Bundle:
         return self.encoder.subsampling * self.features.hop / self.sample_rate
 
     @cached_property
-    def decoders(self) -> tuple[Decoder, ...]:
+    def decoders(self) -> tuple[DecoderName, ...]:
         """The decoders that this bundle has heads for."""
-        found: tuple[Decoder, ...] = ("rnnt",) if self.rnnt else ()
-        return (*found, "ctc", "ctc-beam") if self.has_ctc else found
+        missing = {"ctc": not self.has_ctc, "joiner": self.rnnt is None}
+        return tuple(
+            name for name, heads in HEADS.items() if not any(missing[head] for head in heads)
+        )
 
     @cached_property
     def chunks_ms(self) -> tuple[float, ...]:
@@ -234,7 +245,8 @@ def _parse(files: BundleFiles, manifest: object) -> Bundle:
         has_ctc=heads.boolean("ctc"),
         rnnt=rnnt,
         lm=_lm(top.object("lm")) if top.has("lm") else None,
-        default_decoder=cast(Decoder, top.choice("default_decoder", DECODERS)),
+        beams=_beams(top),
+        default_decoder=cast(DecoderName, top.choice("default_decoder", DECODERS)),
         blank=blank,
         tokens=tokens,
         tokens_sha256=tokens_sha256,
@@ -323,12 +335,26 @@ def _rnnt(fields: Fields) -> RnntSpec:
 
 
 def _lm(fields: Fields) -> LmSpec:
-    return LmSpec(
-        file=fields.file("file"),
-        sha256=fields.string("sha256"),
-        weight=fields.number("weight", 0.4),
-        word_bonus=fields.number("word_bonus", 1.5),
-    )
+    return LmSpec(file=fields.file("file"), sha256=fields.string("sha256"))
+
+
+def _beams(top: Fields) -> dict[DecoderName, BeamRules]:
+    """The rules of the decoders that have some; what is left out has a default."""
+    if not top.has("beams"):
+        return {}
+    beams = top.object("beams")
+    found: dict[DecoderName, BeamRules] = {}
+    for name in DECODERS:
+        if beams.has(name):
+            fields, default = beams.object(name), BeamRules()
+            weights: dict[str, Any] = {
+                key: fields.number(key, getattr(default, key)) for key in BEAM_WEIGHTS
+            }
+            try:
+                found[name] = BeamRules(beam=fields.integer("beam", 1), **weights)
+            except ConfigError as exc:
+                raise BundleError(f"{MANIFEST}: beams.{name}: {exc}") from exc
+    return found
 
 
 def _words(fields: Fields) -> dict[str, WordRules]:

@@ -7,14 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from loquent.engine.bundle import Bundle, Decoder
+from loquent.engine.bundle import Bundle
 from loquent.engine.errors import BundleError
 from loquent.engine.session import Array, Graph, State, Tensor, initial_state, state_tensors
 
 Float32 = NDArray[np.float32]
-
-# The encoder's output that each decoder reads.
-OUTPUT: dict[Decoder, str] = {"ctc": "ctc", "ctc-beam": "ctc", "rnnt": "joiner"}
 
 
 class OnnxEncoder:
@@ -98,7 +95,7 @@ class OnnxEncoder:
 def _heads(bundle: Bundle, *, batch: int | None, frames: int | None) -> dict[str, Tensor]:
     heads: dict[str, Tensor] = {}
     if bundle.has_ctc:
-        heads[OUTPUT["ctc"]] = ("float32", (batch, frames, len(bundle.tokens)))
+        heads["ctc"] = ("float32", (batch, frames, len(bundle.tokens)))
     if bundle.rnnt is not None:
-        heads[OUTPUT["rnnt"]] = ("float32", (batch, frames, bundle.rnnt.joiner_dim))
+        heads["joiner"] = ("float32", (batch, frames, bundle.rnnt.joiner_dim))
     return heads

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loquent.engine.bundle import Bundle
-from loquent.engine.decode import Frame, Token
-from loquent.engine.decode.ctc import CtcGreedy
-from loquent.engine.decode.ctc_beam import BeamRules, CtcBeam, Fusion
-from loquent.engine.decode.rnnt import RnntGreedy, RnntState
-from loquent.engine.encoder import OUTPUT, OnnxEncoder
+from loquent.engine.bundle import HEADS, Bundle, DecoderName
+from loquent.engine.decode import Frame
+from loquent.engine.decode.decoder import Job, Search, Settings
+from loquent.engine.decoders import Decoders
+from loquent.engine.encoder import OnnxEncoder
 from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Final
-from loquent.engine.predictor import OnnxPredictor
 from loquent.engine.session import Slot, stack, unstack
 from loquent.engine.stream import Stream, as_float32
 from loquent.engine.vad import SAMPLE_RATE as VAD_RATE
@@ -50,24 +48,11 @@ class Recognizer:
         self._encoder = OnnxEncoder(bundle, threads=threads)
         self._start = Slot(self._encoder.initial, 0, 1)
         self._threads = threads
-        self._rnnt = (
-            RnntGreedy(OnnxPredictor(bundle, bundle.rnnt, threads=threads), blank=bundle.blank)
-            if bundle.rnnt
-            else None
-        )
+        self._decoders = Decoders(bundle, threads=threads)
 
     @cached_property
     def _vad(self) -> SileroVad:
         return SileroVad(threads=self._threads)
-
-    @cached_property
-    def _fusion(self) -> Fusion:
-        # Made when the first stream asks for it: greedy decoding needs none.
-        bundle = self.bundle
-        rules = BeamRules()
-        if bundle.lm:
-            rules = BeamRules(lm_weight=bundle.lm.weight, word_bonus=bundle.lm.word_bonus)
-        return Fusion(bundle.tokens, bundle.language_model(), rules)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] = "en", *, threads: int = 1) -> Recognizer:
@@ -88,18 +73,23 @@ class Recognizer:
         right_context_ms: float | None = None,
         endpoint: EndpointRules | None = DEFAULT_ENDPOINT,
         vad: Vad | None = None,
+        blank_penalty: float | None = None,
+        lm_weight: float | None = None,
     ) -> Stream:
         """A new stream.
 
         Args:
             sample_rate: Hz of the audio to come, 8000 to 48000.
             chunk_ms: audio per step, one of ``bundle.chunks_ms``: shorter is faster, longer better.
-            decoder: ``rnnt``, ``ctc`` (greedy) or ``ctc-beam`` (with the bundle's language model),
-                the bundle's default if None.
+            decoder: one of ``bundle.decoders``, the bundle's default if None: ``joint``,
+                ``rnnt-beam`` and ``ctc-beam`` search with the bundle's language model, ``rnnt`` and
+                ``ctc`` are greedy.
             right_context_ms: one of ``bundle.right_contexts_ms``, the bundle's default if None.
             endpoint: when segments end, None for one segment however long.
             vad: ``silero`` for a voice activity detector: what it hears as speech is no silence to
                 the endpoint rules, whatever the decoder makes of it.
+            blank_penalty: above 0 brings more words, below 0 fewer; the bundle's if None.
+            lm_weight: of the language model in a beam search, 0 for none; the bundle's if None.
 
         Raises:
             ConfigError: a value that the bundle does not allow.
@@ -122,6 +112,7 @@ class Recognizer:
         if vad:
             _ = self._vad  # an error now, not in the first step
         hop = bundle.features.hop * bundle.encoder.subsampling
+        settings = Settings(blank_penalty=blank_penalty, lm_weight=lm_weight)
         return Stream(
             bundle,
             sample_rate=sample_rate,
@@ -130,10 +121,7 @@ class Recognizer:
             decoder=decoder,
             endpoint=endpoint,
             encoder_state=self._start,
-            ctc=CtcBeam(self._fusion, bundle.blank)
-            if decoder == "ctc-beam"
-            else CtcGreedy(bundle.blank),
-            rnnt=self._rnnt.start if self._rnnt and decoder == "rnnt" else None,
+            search=self._decoders[decoder].start(settings),
             voice=Voice(hop) if vad else None,
         )
 
@@ -194,55 +182,27 @@ class Recognizer:
     ) -> None:
         batch = windows[0][None] if len(windows) == 1 else np.stack(windows)
         state = stack([stream.encoder_state for stream in streams])
-        heads = sorted({OUTPUT[stream.decoder] for stream in streams})
-        frames, state = self._encoder.step(batch, right_context, state, heads)
-        rnnt = [i for i, stream in enumerate(streams) if stream.decoder == "rnnt"]
-        decoded: list[list[Frame]] = []
-        carried: list[RnntState] = []
-        if rnnt and self._rnnt:
-            # A single stream's frames, and those of streams that all use RNN-T, are not copied.
-            joiner = frames[OUTPUT["rnnt"]]
-            enc = joiner if len(rnnt) == len(streams) else joiner[rnnt]
-            decoded, carried = _decode_rnnt(self._rnnt, [streams[i] for i in rnnt], enc)
-        # No network runs from here on: a step that fails has changed no stream and may be repeated.
-        for i, said, after in zip(rnnt, decoded, carried, strict=True):
-            streams[i].rnnt = after
-            streams[i].transcript.accept(said)
+        by_decoder: dict[DecoderName, list[int]] = {}
         for i, stream in enumerate(streams):
-            if stream.decoder == "rnnt":
-                continue
-            span = stream.frames()
-            log_probs = frames[OUTPUT["ctc"]][i, : len(span)]
-            if isinstance(stream.ctc, CtcBeam):
-                endpointer = stream.transcript.endpointer()
-                stream.transcript.accept(stream.ctc.accept(log_probs, span.start, endpointer))
-                stream.transcript.pending = stream.ctc.pending
-            else:
-                stream.transcript.accept(stream.ctc.accept(log_probs, span.start))
-        for stream, slot in zip(streams, unstack(state, len(streams)), strict=True):
-            stream.encoder_state = slot
+            by_decoder.setdefault(stream.decoder, []).append(i)
+        heads = list(dict.fromkeys(head for name in by_decoder for head in HEADS[name]))
+        frames, state = self._encoder.step(batch, right_context, state, heads)
+        decoded: list[tuple[int, tuple[list[Frame], Search]]] = []
+        for name, rows in by_decoder.items():
+            jobs = [_job(streams[i], {h: frames[h][i] for h in HEADS[name]}) for i in rows]
+            decoded += zip(rows, self._decoders[name].decode(jobs), strict=True)
+        # No network runs from here on: a step that fails has changed no stream and may be repeated.
+        slots = unstack(state, len(streams))
+        for i, (said, search) in decoded:
+            stream = streams[i]
+            stream.search, stream.encoder_state = search, slots[i]
+            stream.transcript.accept(said)
+            stream.transcript.pending = search.pending
             stream.advance()
 
 
-def _decode_rnnt(
-    greedy: RnntGreedy, streams: Sequence[Stream], enc: Float32
-) -> tuple[list[list[Frame]], list[RnntState]]:
-    """What (B, K, J) encoder frames, right context included, say, and what B streams carry on."""
-    ranges = [stream.frames() for stream in streams]
-    batch = greedy.begin([stream.rnnt for stream in streams if stream.rnnt])
-    # The predictor starts anew in the middle of a chunk if a silence ends there.
-    endpointers = [stream.transcript.endpointer() for stream in streams]
-    decoded: list[list[Frame]] = [[] for _ in streams]
-    for k in range(max(map(len, ranges))):
-        rows = [i for i, frames in enumerate(ranges) if k < len(frames)]
-        found = batch.frame(enc[:, k] if len(rows) == len(streams) else enc[rows, k], rows)
-        for row, tokens in zip(rows, found, strict=True):
-            index = ranges[row][k]
-            said = tuple(Token(token, index, score) for token, score in tokens)
-            frame = Frame(index, said, bool(said))
-            decoded[row].append(frame)
-            if endpointers[row].accept(frame) == "endpoint":
-                endpointers[row].restart(None)
-                if endpointers[row].resets:
-                    batch.reset(row)
-    return decoded, batch.states()
+def _job(stream: Stream, frames: Mapping[str, Float32]) -> Job:
+    """Of (K, ...) encoder frames, right context included."""
+    span = stream.frames()
+    own = {head: rows[: len(span)] for head, rows in frames.items()}
+    return Job(stream.search, own, span.start, stream.transcript.endpointer())

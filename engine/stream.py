@@ -23,12 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loquent.engine.bundle import Bundle, Decoder
+from loquent.engine.bundle import Bundle, DecoderName
 from loquent.engine.chunker import Chunker, flush_frames
 from loquent.engine.decode import Frame
-from loquent.engine.decode.ctc import CtcGreedy
-from loquent.engine.decode.ctc_beam import CtcBeam
-from loquent.engine.decode.rnnt import RnntState
+from loquent.engine.decode.decoder import Search
 from loquent.engine.endpoint import Endpointer, EndpointRules
 from loquent.engine.errors import AudioError, BufferFull, ConfigError, StreamClosed
 from loquent.engine.events import Event
@@ -66,8 +64,7 @@ class _Trunk:
     fbank: Fbank
     chunker: Chunker
     encoder_state: Slot
-    ctc: CtcGreedy | CtcBeam
-    rnnt: RnntState | None
+    search: Search
     voice: Voice | None
     endpointer: Endpointer
 
@@ -77,10 +74,10 @@ class Stream:
 
     Attributes:
         sample_rate: Hz of the audio that ``accept`` takes.
-        decoder: ``rnnt``, ``ctc`` or ``ctc-beam``.
+        decoder: name of one of the bundle's.
         segment, right_context: of the encoder's windows, in feature frames.
         done: everything is recognised and the last event is out.
-        encoder_state, ctc, rnnt, voice, transcript: for the recogniser only.
+        encoder_state, search, voice, transcript: for the recogniser only.
     """
 
     def __init__(
@@ -90,11 +87,10 @@ class Stream:
         sample_rate: int,
         segment: int,
         right_context: int,
-        decoder: Decoder,
+        decoder: DecoderName,
         endpoint: EndpointRules | None,
         encoder_state: Slot,
-        ctc: CtcGreedy | CtcBeam,
-        rnnt: RnntState | None,
+        search: Search,
         voice: Voice | None,
     ) -> None:
         if not MIN_RATE <= sample_rate <= MAX_RATE:
@@ -109,8 +105,7 @@ class Stream:
         self.segment = segment
         self.right_context = right_context
         self.encoder_state = encoder_state
-        self.ctc = ctc
-        self.rnnt = rnnt
+        self.search = search
         self.voice = voice
         self.transcript = Transcript(
             bundle.tokens,
@@ -176,11 +171,6 @@ class Stream:
         """Whether ``Recognizer.step`` has something to do for this stream."""
         waits = self._closed or bool(self._marks)
         return not self.done and (waits or self._ring.head >= self._needed)
-
-    @property
-    def missing(self) -> float:
-        """Seconds of audio until the next chunk is whole, but for what the resampler holds back."""
-        return max(0, self._needed - self._ring.head) / self._model_rate
 
     def accept(self, pcm: NDArray[Any]) -> None:
         """Take audio, as much at a time as is convenient.
@@ -273,8 +263,7 @@ class Stream:
             fbank=self._fbank,
             chunker=self._chunker,
             encoder_state=self.encoder_state,
-            ctc=self.ctc.fork(),
-            rnnt=self.rnnt,
+            search=self.search,
             voice=self.voice,
             endpointer=self.transcript.endpointer(),
         )
@@ -292,7 +281,7 @@ class Stream:
         frame = (mark.head + len(mark.rest)) // (self._hop * self._subsampling)
         self.transcript.finalize(mark.position, frame, trunk.endpointer)
         self._fbank, self._chunker = trunk.fbank, trunk.chunker
-        self.encoder_state, self.ctc, self.rnnt = trunk.encoder_state, trunk.ctc, trunk.rnnt
+        self.encoder_state, self.search = trunk.encoder_state, trunk.search
         self.voice = trunk.voice
         self._needed = self._fbank.samples_for(self._chunker.needed)
         self._position = mark.position
@@ -316,10 +305,10 @@ class Stream:
 
     def end(self) -> None:
         """Everything up to the end, or up to where ``finalize`` was called, is recognised."""
-        if isinstance(self.ctc, CtcBeam):
+        if tokens := self.search.flush():
             last = self._chunker.start // self._subsampling
-            self.transcript.pending = ()
-            self.transcript.accept([Frame(last, self.ctc.flush(), False)])
+            self.transcript.accept([Frame(last, tokens, False)])
+        self.transcript.pending = ()
         if self._trunk is not None:
             self._rejoin(self._trunk, self._marks[0])
             return

@@ -43,9 +43,9 @@ class BundleSpec:
         languages: language code -> head.
         chunks_ms, chunk_ms: chunk sizes on offer, and the default.
         right_contexts_ms, right_context_ms: the same for the right context.
-        default_decoder: ``rnnt`` or ``ctc``.
+        default_decoder: one of ``engine.bundle.DECODERS``.
         lm: a word language model of ``loquent lm`` for beam search.
-        lm_weight, word_bonus: how much it counts.
+        beams: rules of the beam searches by decoder, as `loquent tune` found them.
         training, scores, licence: for people.
     """
 
@@ -62,8 +62,7 @@ class BundleSpec:
     right_context_ms: int = 40
     default_decoder: str = "rnnt"
     lm: bytes | None = None
-    lm_weight: float = 0.4
-    word_bonus: float = 1.5
+    beams: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
 
@@ -125,6 +124,7 @@ def write_bundle(student: Student, spec: BundleSpec, folder: Path) -> Bundle:
             "rnnt": _rnnt(student, partial) if config.joiner_dim else None,
         },
         **_language_model(spec, partial),
+        "beams": {name: dict(rules) for name, rules in spec.beams.items()},
         "default_decoder": spec.default_decoder,
         "vocab_size": config.vocab,
         "blank": config.blank,
@@ -221,8 +221,7 @@ def _language_model(spec: BundleSpec, folder: Path) -> dict[str, Any]:
     if spec.lm is None:
         return {}
     (folder / "lm.npz").write_bytes(spec.lm)
-    weights = {"weight": spec.lm_weight, "word_bonus": spec.word_bonus}
-    return {"lm": {**_file(folder, "lm.npz"), **weights}}
+    return {"lm": _file(folder, "lm.npz")}
 
 
 def _rnnt(student: Student, folder: Path) -> dict[str, Any]:

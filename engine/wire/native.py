@@ -13,7 +13,6 @@ from loquent.engine.protocol import (
     Progress,
     Ready,
     ServerProtocol,
-    Start,
     State,
     WireError,
     as_wire_error,
@@ -23,7 +22,6 @@ from loquent.engine.wire.session import (
     Close,
     Context,
     Handshake,
-    Open,
     Send,
     WireSession,
 )
@@ -51,8 +49,7 @@ class NativeSession(WireSession):
 
     def receive(self, message: str | bytes) -> Actions:
         """One message is one command."""
-        command = self._protocol.receive(message)
-        return [Open(start=command) if isinstance(command, Start) else command]
+        return [self._protocol.receive(message)]
 
     def ready(self, ready: Ready) -> Actions:
         """``ready``."""

@@ -41,7 +41,7 @@ def test_facts(tiny_bundle: Path) -> None:
     assert bundle.chunks_ms == (40, 80, 160, 320, 640, 1280)
     assert bundle.right_contexts_ms == (0, 40, 80)
     assert bundle.frame_seconds == 0.04
-    assert bundle.decoders == ("rnnt", "ctc", "ctc-beam")
+    assert bundle.decoders == ("joint", "rnnt-beam", "ctc-beam", "rnnt", "ctc")
     assert bundle.tokens[1] == "▁ba"
     assert bundle.manifest["licence"] == "Apache-2.0"
 
@@ -200,8 +200,16 @@ def test_no_json(write_bundle: Write, tmp_path: Path) -> None:
         ("blank", 3, "line 4, the blank of manifest.json, is '▁ki', expected '<blank>'"),
         ("blank", 99, "line 100, .* is 'nothing', expected '<blank>'"),
         ("precision", "int4", "got precision = 'int4', expected one of fp32, int8"),
-        ("default_decoder", "beam", "got default_decoder = 'beam', expected one of rnnt, ctc"),
-        ("heads.rnnt", None, "got default_decoder 'rnnt', expected one that has a head: ctc"),
+        (
+            "default_decoder",
+            "beam",
+            "got default_decoder = 'beam', expected one of joint, rnnt-beam",
+        ),
+        (
+            "heads.rnnt",
+            None,
+            "got default_decoder 'rnnt', expected one that has a head: ctc-beam, ctc",
+        ),
         ("heads.ctc", 1, "got heads.ctc = 1, expected true or false"),
         ("encoder", [], r"got encoder = \[\], expected an object"),
         ("encoder.subsampling", True, "got encoder.subsampling = True, expected a whole number"),

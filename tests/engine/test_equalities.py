@@ -30,7 +30,7 @@ Run = Callable[..., list[Event]]
 
 SUBSAMPLING, LOOKAHEAD = 4, 1  # of both models
 CHUNKS = [40, 80, 160, 320, 640, 1280]
-DECODERS = ["ctc", "ctc-beam", "rnnt"]
+DECODERS = ["ctc", "ctc-beam", "joint", "rnnt", "rnnt-beam"]
 # Two words, a pause that ends the segment, the same token again, another word.
 STORY = [(0, 0.2), (1, 0.12), (2, 0.1), (0, 0.08), (3, 0.12), (0, 1.2), (3, 0.15), (4, 0.1)]
 
@@ -126,7 +126,7 @@ def greedy(
     return tokens
 
 
-@pytest.mark.parametrize("decoder", ["ctc", "rnnt"])  # the beam's plain loop: test_ctc_beam.py
+@pytest.mark.parametrize("decoder", ["ctc", "rnnt"])  # the plain loops of the beams: test_beam.py
 @pytest.mark.parametrize("right", [0, 4, 8])
 @pytest.mark.parametrize("segment", [4, 8, 32, 128])
 def test_a_stream_is_the_plain_loop(

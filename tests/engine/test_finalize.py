@@ -22,7 +22,7 @@ Speak = Callable[..., Float32]
 Run = Callable[..., list[Event]]
 
 CHUNKS = [40, 80, 160, 320, 640, 1280]
-DECODERS = ["ctc", "ctc-beam", "rnnt"]
+DECODERS = ["ctc", "ctc-beam", "joint", "rnnt", "rnnt-beam"]
 STORY = [(0, 0.2), (1, 0.12), (2, 0.1), (0, 0.08), (3, 0.12), (0, 1.2), (3, 0.15), (4, 0.1)]
 FRAME = 0.04
 

@@ -171,7 +171,7 @@ def test_progress(tiny: Recognizer) -> None:
     [
         ({"chunk_ms": 100}, "got chunk_ms 100, expected one of 40, 80, 160, 320, 640, 1280"),
         ({"right_context_ms": 30}, "got right_context_ms 30, expected one of 0, 40, 80"),
-        ({"decoder": "beam"}, "got decoder 'beam', expected one of rnnt, ctc"),
+        ({"decoder": "beam"}, "got decoder 'beam', expected one of joint, rnnt-beam"),
         ({"sample_rate": 7999}, "got sample_rate 7999, expected 8000 to 48000"),
         ({"sample_rate": 96000}, "got sample_rate 96000, expected 8000 to 48000"),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from loquent.engine.bundle import Bundle
+from loquent.engine.bundle import DECODERS, Bundle
 from loquent.export import bench, cli
 from loquent.export.cli import ExportRefused, check_int8
 from loquent.models.checkpoint import load_checkpoint
@@ -26,7 +26,7 @@ def test_float_export(fp32: Any, run: Path) -> None:
         torch.testing.assert_close(half[name], weight, atol=1e-3, rtol=1e-3)
     bundle = Bundle.load(fp32.folder)
     assert (bundle.name, bundle.precision, bundle.default_decoder) == ("toy", "fp32", "ctc")
-    assert bundle.decoders == ("rnnt", "ctc", "ctc-beam")
+    assert bundle.decoders == DECODERS
     assert bundle.manifest["licence"] == "none"
     assert bundle.manifest["training"]["progress"]["step"] == 400
     assert bundle.manifest["training"]["origin"] == {"start": "random weights"}
@@ -48,8 +48,6 @@ def test_int8_export(int8: Any, fp32: Any) -> None:
         ("int8", "rnnt", 320.0),
         ("fp32", "ctc", 320.0),
         ("int8", "ctc", 320.0),
-        ("fp32", "ctc-beam", 320.0),
-        ("int8", "ctc-beam", 320.0),
     ]
     assert scores[0]["set"] == "corpus.jsonl"
     assert scores[0]["wer"] == {"even": 0.0, "odd": 0.0}

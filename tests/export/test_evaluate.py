@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from loquent.engine.audio import load_audio
-from loquent.engine.bundle import Bundle
+from loquent.engine.bundle import DECODERS, Bundle
 from loquent.engine.recognizer import Recognizer
 from loquent.export.evaluate import evaluate, main, transcribe_all
 from loquent.models.align import BundleCtc, align
@@ -165,9 +165,7 @@ def test_everything_the_bundle_offers_is_the_default(
     assert main([str(manifest), "--bundle", str(fp32.folder)]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert {(row["decoder"], row["chunk_ms"]) for row in rows} == {
-        (decoder, chunk)
-        for decoder in ("rnnt", "ctc", "ctc-beam")
-        for chunk in (40, 80, 160, 320, 640, 1280)
+        (decoder, chunk) for decoder in DECODERS for chunk in (40, 80, 160, 320, 640, 1280)
     }
 
 

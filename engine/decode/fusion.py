@@ -1,0 +1,176 @@
+"""A word language model in terms of subwords, as a beam search wants it.
+
+The model is applied to whole words, and to the beginning of a word as the best word that begins so,
+which keeps hypotheses in the middle of a word comparable with those at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from loquent.engine.errors import ConfigError
+from loquent.engine.ngram import Ngram, State
+from loquent.engine.text import WORD_START
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamRules:
+    """How wide to search and what counts how much; scores are natural logarithms.
+
+    Attributes:
+        beam: hypotheses kept.
+        margin: a hypothesis that is this much worse than the best is dropped.
+        horizon: encoder frames after which a token of the best hypothesis is settled.
+        ctc: share of CTC where both CTC and RNN-T score; RNN-T has the rest.
+        lm_weight: of the language model.
+        own_weight: of the transducer's own language model, which is taken off: it learnt from a
+            thousandth of the other's text (arXiv 2011.01991).
+        word_bonus: for every word, against the deletions that a language model causes.
+        unknown: for a word that the language model does not know.
+        blank_penalty: taken off blank in every frame.
+    """
+
+    beam: int = 8
+    margin: float = 8.0
+    horizon: int = 50
+    ctc: float = 0.5
+    lm_weight: float = 0.4
+    own_weight: float = 0.0
+    word_bonus: float = 1.5
+    unknown: float = -10.0
+    blank_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise ConfigError(f"got beam {self.beam}, expected 1 or more")
+        if not 0 <= self.ctc <= 1:
+            raise ConfigError(f"got ctc {self.ctc!r}, expected a share from 0 to 1")
+        for name in BEAM_WEIGHTS:
+            check_weight(name, getattr(self, name))
+
+
+# What a manifest holds of them besides the beam.
+BEAM_WEIGHTS = (
+    "margin",
+    "ctc",
+    "lm_weight",
+    "own_weight",
+    "word_bonus",
+    "unknown",
+    "blank_penalty",
+)
+
+
+def check_weight(name: str, value: float) -> None:
+    """Raises ConfigError for what makes no sense as a weight or penalty."""
+    low = -math.inf if name in ("word_bonus", "unknown", "blank_penalty") else 0.0
+    if not (low <= value and math.isfinite(value)):
+        expected = "a number" if low else "a number, 0 or above"
+        raise ConfigError(f"got {name} {value!r}, expected {expected}")
+
+
+class Words(NamedTuple):
+    """The language model's view of a hypothesis.
+
+    Attributes:
+        state: behind the words that are over.
+        total: their scores together.
+        growing: the word that is not over.
+        score: ``total`` and what is to be expected of the growing word.
+    """
+
+    state: State
+    total: float
+    growing: str
+    score: float
+
+
+class Fusion:
+    """The language model in terms of the pieces of one vocabulary. Shared by all streams.
+
+    Args:
+        pieces: the bundle's tokens by id.
+        ngram: None scores nothing.
+        rules: weights.
+    """
+
+    def __init__(self, pieces: Sequence[str], ngram: Ngram | None, rules: BeamRules) -> None:
+        self._starts = [piece.startswith(WORD_START) for piece in pieces]
+        self._texts = [piece.removeprefix(WORD_START) for piece in pieces]
+        self._ngram = ngram
+        self.rules = rules
+        self._ahead: dict[str, float] = {}
+        if ngram:
+            for word, index in ngram.ids.items():
+                logp = ngram.unigram(index)
+                for end in range(1, len(word) + 1):
+                    prefix = word[:end]
+                    if logp > self._ahead.get(prefix, -math.inf):
+                        self._ahead[prefix] = logp
+            self._ahead[""] = 0.0
+
+    def adjusted(self, lm_weight: float | None, blank_penalty: float | None) -> Fusion:
+        """With a session's own weights. Without weight the language model plays no part."""
+        rules = self.rules
+        if lm_weight is not None:
+            rules = replace(rules, lm_weight=lm_weight)
+        if blank_penalty is not None:
+            rules = replace(rules, blank_penalty=blank_penalty)
+        other = copy(self)
+        other.rules = rules
+        if not rules.lm_weight:
+            other._ngram = None
+        return other
+
+    def ruled(self, rules: BeamRules) -> Fusion:
+        """With other rules."""
+        other = copy(self)
+        other.rules = rules
+        return other
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a language model."""
+        return self._ngram is not None
+
+    def start(self) -> Words:
+        """The beginning of a sentence."""
+        return Words(self._ngram.start if self._ngram else (), 0.0, "", 0.0)
+
+    def extend(self, words: Words, token: int, bonus: float) -> Words:
+        """With one more token, which is worth ``bonus`` besides."""
+        state, total, growing, _ = words
+        total += bonus
+        if self._starts[token]:
+            score, state = self._word(state, growing)
+            total += score
+            growing = self._texts[token]
+        else:
+            growing += self._texts[token]
+        return Words(state, total, growing, total + self._expected(growing))
+
+    def finished(self, words: Words) -> float:
+        """The score if the growing word is over."""
+        return words.total + self._word(words.state, words.growing)[0]
+
+    def _expected(self, prefix: str) -> float:
+        if self._ngram is None:
+            return 0.0
+        rules = self.rules
+        logp = self._ahead.get(prefix)
+        return rules.lm_weight * logp if logp is not None else rules.unknown
+
+    def _word(self, state: State, word: str) -> tuple[float, State]:
+        if self._ngram is None or not word:
+            return 0.0, state
+        rules = self.rules
+        index = self._ngram.ids.get(word)
+        if index is None:
+            _, state = self._ngram.score(state, self._ngram.unknown)
+            return rules.unknown + rules.word_bonus, state
+        logp, state = self._ngram.score(state, index)
+        return rules.lm_weight * logp + rules.word_bonus, state

@@ -1,0 +1,52 @@
+"""The decoders of a bundle."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from loquent.engine.bundle import Bundle, DecoderName
+from loquent.engine.decode.beam import BeamSearch
+from loquent.engine.decode.ctc import CtcGreedy
+from loquent.engine.decode.decoder import Decoder
+from loquent.engine.decode.fusion import BeamRules, Fusion
+from loquent.engine.decode.rnnt import RnntGreedy
+from loquent.engine.decode.transducer import Transducer
+from loquent.engine.predictor import OnnxPredictor
+
+
+class Decoders:
+    """Makes each decoder when it is first asked for; greedy ones need no language model.
+
+    Raises:
+        BundleError: a graph does not fit the manifest.
+        MissingExtra: ONNX Runtime is not installed.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+        self._bundle = bundle
+        self._model: Transducer | None = None
+        if bundle.rnnt:
+            networks = OnnxPredictor(bundle, bundle.rnnt, threads=threads)
+            self._model = Transducer(networks, blank=bundle.blank)
+        self._made: dict[DecoderName, Decoder[Any]] = {}
+
+    def __getitem__(self, name: DecoderName) -> Decoder[Any]:
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def _make(self, name: DecoderName) -> Decoder[Any]:
+        blank = self._bundle.blank
+        if name == "ctc":
+            return CtcGreedy(blank=blank)
+        if name == "rnnt":
+            assert self._model, "a bundle offers what it has heads for"
+            return RnntGreedy(self._model, blank=blank)
+        rules = self._bundle.beams.get(name, BeamRules())
+        share = {"ctc-beam": 1.0, "rnnt-beam": 0.0, "joint": rules.ctc}[name]
+        return BeamSearch(self._fusion.ruled(rules), blank=blank, share=share, model=self._model)
+
+    @cached_property
+    def _fusion(self) -> Fusion:
+        return Fusion(self._bundle.tokens, self._bundle.language_model(), BeamRules())
