@@ -42,6 +42,9 @@ COMMANDS: Mapping[str, Command] = {
         "loquent.clients.stream:main", "send a file to a server in real time, show the delays"
     ),
     "lm": Command("loquent.models.ngram:main", "a word language model from text", "train"),
+    "data": Command(
+        "loquent.models.datacli:main", "check training data, score its labels", "train"
+    ),
     "train": Command("loquent.models.cli:main", "train a model", "train"),
     "export": Command("loquent.export.cli:main", "turn a checkpoint into a bundle", "export"),
     "evaluate": Command("loquent.export.evaluate:main", "word and character error rates", "train"),

@@ -2,14 +2,20 @@
 
     feed() -> inbox -> [worker: Stream.accept, Recognizer.step, Stream.events] -> outbox -> events()
 
-The work goes in rounds. A round takes what has arrived on every lane, advances every stream that is
+The work goes in rounds. A round takes what has arrived on every lane, advances streams that are
 ready by one chunk, in one batch, and hands the events back to the event loop. While a round runs,
 audio collects in the inboxes, so the batches grow with the load by themselves and no session waits
 for a timer. Outside a round no stream is touched, inside a round only the worker touches it:
 streams need no locks.
 
+A round is for streams of one chunk size, that of the stream which has waited longest since it was
+served, and for so many of them that it stays short: sessions with small chunks wait for one round
+of those with large ones, not for all.
+
 Nothing here can grow without bound. `feed` waits while a lane's inbox or its stream is full; a lane
 whose events nobody fetches is not advanced any further, so that its own client's audio backs up.
+Partials of a stream that is behind and has its next chunk already are stale and are dropped; audio
+and everything else never is.
 """
 
 from __future__ import annotations
@@ -17,16 +23,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
+
 from loquent.engine.errors import BufferFull
 from loquent.engine.events import Event, Partial
+from loquent.engine.load import LoadMeter
 from loquent.engine.protocol import Finalize, Pcm, Progress
 from loquent.engine.recognizer import Recognizer
-from loquent.engine.stream import Stream
+from loquent.engine.stream import Stream, as_float32
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +48,14 @@ PIECE = 0.1
 MAX_PIECES = 256
 # Events that may wait for a slow client before its lane pauses; its partials are merged into one.
 MAX_OUTBOX = 64
-# More streams than this go into the next round, so that one round stays short for everybody.
+# More streams than this go into the next round, so that one round stays short for everybody ...
 MAX_BATCH = 32
+# ... and so do they if their chunks are more seconds of audio than this together.
+MAX_ROUND = 10.24
+# A stream is behind if this many seconds of audio wait beyond those that its latency explains.
+LAG_LIMIT = 1.0
+# A session counts as streaming for so many seconds after its last audio.
+_ACTIVE = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,12 +76,19 @@ class Lane:
         self._batcher = batcher
         self._stream = stream
         self._sample_rate = sample_rate
+        self.chunk = batcher.seconds(stream)
         self._inbox: Inbox = deque()
-        self._waiting = 0  # samples in the inbox
+        self._received = 0  # samples fed ...
+        self._waiting = 0  # ... and those of them that are still in the inbox
+        self._orders = 0  # marks and calls of `finalize` in the inbox
+        self._fed_at = time.monotonic()  # when audio came last; a new session is about to send ...
+        self._due: float | None = None  # ... and when a whole chunk was there
+        self._state = _State.of(stream)
         self._progress = Progress(received=0.0, processed=0.0)
         self._finishing = False
         self._finished = False
         self._outbox: list[Update] = []
+        self._shown_at = -LAG_LIMIT  # seconds of audio processed at the last partial; the worker's
         self._error: Exception | None = None
         self._room = asyncio.Event()
         self._news = asyncio.Event()
@@ -73,13 +96,19 @@ class Lane:
     async def feed(self, pcm: Pcm) -> None:
         """Take mono audio of any length, shape (N,); waits while this lane has enough to do.
 
-        Raises whatever made the lane fail.
+        Raises AudioError, and whatever made the lane fail.
         """
+        if pcm.dtype.kind == "f":
+            as_float32(pcm)  # says now what the stream would say once a chunk is whole
         await self._enter()
         size = max(1, int(PIECE * self._sample_rate))
         self._inbox.extend(pcm[at : at + size] for at in range(0, len(pcm), size))
         self._waiting += len(pcm)
-        self._batcher.wake()
+        self._received += len(pcm)
+        self._fed_at = time.monotonic()
+        self._look(self._fed_at)
+        if self._has_work:
+            self._batcher.wake()
 
     async def mark(self) -> None:
         """`Marked` comes out once all audio before it is recognised as far as chunks go.
@@ -88,12 +117,14 @@ class Lane:
         """
         await self._enter()
         self._inbox.append(_MARK)
+        self._orders += 1
         self._batcher.wake()
 
     async def finalize(self) -> None:
         """Settle all audio fed so far, see `Stream.finalize`; waits and raises as `feed` does."""
         await self._enter()
         self._inbox.append(Finalize())
+        self._orders += 1
         self._batcher.wake()
 
     def finish(self) -> None:
@@ -121,9 +152,14 @@ class Lane:
         return self._waiting / self._sample_rate
 
     @property
+    def lag(self) -> float:
+        """Seconds of audio that waited for recognition at the end of the last round."""
+        return self._progress.lag
+
+    @property
     def received(self) -> float:
-        """Seconds of audio in the stream, by the end of the last round."""
-        return self._progress.received
+        """Seconds of audio that have come."""
+        return self._received / self._sample_rate
 
     @property
     def processed(self) -> float:
@@ -145,13 +181,22 @@ class Lane:
 
     @property
     def _has_work(self) -> bool:
+        # Decided on what the last round left, so that a round that runs is none of its business.
         if self._error is not None or len(self._outbox) >= MAX_OUTBOX:
             return False
-        if self._stream.ready:
+        if self._state.ready:
             return True
-        if self._inbox:
-            return self._stream.wants_audio or isinstance(self._inbox[0], Marked)
-        return self._finishing and not self._finished
+        if not self._inbox:
+            return self._finishing and not self._finished
+        if isinstance(self._inbox[0], Marked):
+            return True
+        # Audio that completes no chunk may wait for more, unless `feed` would then wait too.
+        return self._state.wants_audio and (
+            self.waiting >= min(self._state.missing, HIGH_WATER / 2)
+            or len(self._inbox) >= MAX_PIECES / 2
+            or self._orders > 0
+            or self._finishing
+        )
 
     def _take(self) -> _Job:
         pieces, self._inbox = self._inbox, deque[Pcm | Marked | Finalize]()
@@ -159,21 +204,34 @@ class Lane:
             lane=self,
             stream=self._stream,
             pieces=pieces,
+            waiting=self._waiting,
+            orders=self._orders,
             finish=self._finishing and not self._finished,
         )
 
-    def _give_back(self, job: _Job) -> None:
+    def _give_back(self, job: _Job, now: float) -> None:
         job.pieces.extend(self._inbox)  # what arrived meanwhile comes after what was left over
         self._inbox = job.pieces
         self._waiting -= job.accepted
+        self._orders -= job.obeyed
         self._finished |= job.finished
         self._progress = job.progress or self._progress
+        self._state = _State.of(self._stream)
+        if job.stepped and self._due is not None:
+            self._batcher.meter.waited(now - self._due)
+            self._due = None
+        self._look(now)
         for update in job.updates:
             self._post(update)
         if job.error is not None:
             self._fail(job.error)
         self._room.set()
         self._news.set()
+
+    def _look(self, now: float) -> None:
+        """Note when a whole chunk is there."""
+        if self._due is None and (self._state.ready or self.waiting >= self._state.missing):
+            self._due = now
 
     def _post(self, update: Update) -> None:
         # A partial is the whole state of its segment, so a newer one replaces one not yet sent.
@@ -195,6 +253,19 @@ class Lane:
         self._news.set()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _State:
+    """What the event loop may know of a stream while the worker has it."""
+
+    ready: bool
+    wants_audio: bool
+    missing: float
+
+    @classmethod
+    def of(cls, stream: Stream) -> _State:
+        return cls(stream.ready, stream.wants_audio, stream.missing)
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Job:
     """One lane's share of a round; the worker owns it while the round runs."""
@@ -202,12 +273,16 @@ class _Job:
     lane: Lane
     stream: Stream
     pieces: Inbox
+    waiting: int  # samples in `pieces` to begin with ...
+    orders: int  # ... and marks and calls of `finalize`
     finish: bool
     accepted: int = 0  # samples
+    obeyed: int = 0  # of the orders
     finished: bool = False
     stepped: bool = False
     progress: Progress | None = None
     updates: list[Update] = dataclasses.field(default_factory=list)
+    dropped: int = 0  # partials
     error: Exception | None = None
 
     def accept(self) -> None:
@@ -218,11 +293,13 @@ class _Job:
                 if isinstance(piece, Marked):
                     if self.stream.ready:
                         break  # what it said before the mark comes first
-                    self.updates.append((piece, self._progress()))
+                    self.updates.append((piece, self._progress(self.stream.received)))
+                    self.obeyed += 1
                 elif not self.stream.wants_audio:
                     break
                 elif isinstance(piece, Finalize):
                     self.stream.finalize()
+                    self.obeyed += 1
                 else:
                     self.stream.accept(piece)
                     self.accepted += len(piece)
@@ -234,26 +311,51 @@ class _Job:
             self.finished = True
 
     def collect(self) -> None:
-        """Take the stream's events."""
-        progress = self.progress = self._progress()
-        self.updates.extend((event, progress) for event in self.stream.events())
+        """Take the stream's events, but for partials that the next round makes old."""
+        received = self.stream.received + (self.waiting - self.accepted) / self.stream.sample_rate
+        progress = self.progress = self._progress(received)
+        events: Sequence[Event] = self.stream.events()
+        shown = self.lane._shown_at
+        stale = progress.lagging and self.stream.ready and self.orders == self.obeyed
+        if stale and progress.processed < shown + LAG_LIMIT:
+            fresh = [event for event in events if not isinstance(event, Partial)]
+            self.dropped = len(events) - len(fresh)
+            events = fresh
+        elif any(isinstance(event, Partial) for event in events):
+            self.lane._shown_at = progress.processed
+        self.updates.extend((event, progress) for event in events)
 
-    def _progress(self) -> Progress:
-        return Progress(received=self.stream.received, processed=self.stream.processed)
+    def _progress(self, received: float) -> Progress:
+        processed = self.stream.processed
+        lag = received - processed
+        return Progress(
+            received=received,
+            processed=processed,
+            lag=round(lag, 3),
+            lagging=lag > self.stream.latency_ms / 1000 + LAG_LIMIT,
+        )
 
 
 class Batcher:
     """Runs a recogniser for many sessions. Use as ``async with Batcher(recognizer) as batcher``."""
 
-    def __init__(self, recognizer: Recognizer, *, max_batch: int = MAX_BATCH) -> None:
+    def __init__(
+        self, recognizer: Recognizer, *, max_batch: int = MAX_BATCH, chunk_ms: float | None = None
+    ) -> None:
         self._recognizer = recognizer
         self._max_batch = max_batch
+        self._chunk_ms = chunk_ms
         self._lanes: dict[Lane, None] = {}  # in the order in which they are served
         self._wake = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="loquent-batcher")
         self._task: asyncio.Task[None] | None = None
+        self.meter = LoadMeter()
+        self.dropped_partials = 0
 
     async def __aenter__(self) -> Batcher:
+        if self._chunk_ms is not None:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._executor, self._calibrate, self._chunk_ms)
         self._task = asyncio.create_task(self._run(), name="loquent-batcher")
         return self
 
@@ -277,6 +379,22 @@ class Batcher:
         self._lanes[lane] = None
         return lane
 
+    def seconds(self, stream: Stream) -> float:
+        """The stream's chunk."""
+        return self._recognizer.bundle.milliseconds(stream.segment) / 1000
+
+    def load(self, extra: float | None = None) -> float:
+        """Share of the worker's time that the streaming sessions need, as measured.
+
+        Args:
+            extra: seconds of a chunk of one more session.
+        """
+        now = time.monotonic()
+        streams = Counter(lane.chunk for lane in self._lanes if now < lane._fed_at + _ACTIVE)
+        if extra is not None:
+            streams[extra] += 1
+        return self.meter.load(streams, self._max_batch)
+
     def remove(self, lane: Lane) -> None:
         """Forget a lane. Idempotent."""
         self._lanes.pop(lane, None)
@@ -294,6 +412,7 @@ class Batcher:
                 while jobs := [lane._take() for lane in self._lanes if lane._has_work]:
                     await loop.run_in_executor(self._executor, self._round, jobs)
                     self._finish_round(jobs)
+                self.meter.idle()
             except Exception as exc:
                 # A mistake of ours, not of one session: nobody may be left waiting for ever.
                 logger.exception("the batcher failed")
@@ -301,21 +420,44 @@ class Batcher:
                     lane._fail(exc)
 
     def _finish_round(self, jobs: Iterable[_Job]) -> None:
+        now = time.monotonic()
         for job in jobs:
-            job.lane._give_back(job)
+            self.dropped_partials += job.dropped
+            job.lane._give_back(job, now)
             if job.stepped and job.lane in self._lanes:  # whoever was served queues up again
                 self._lanes[job.lane] = self._lanes.pop(job.lane)
 
     # Everything below runs in the worker thread.
 
     def _round(self, jobs: list[_Job]) -> None:
+        began = time.perf_counter()
         for job in jobs:
             self._guard(job, job.accept)
         ready = [job for job in jobs if job.error is None and job.stream.ready]
-        self._step(ready[: self._max_batch])
+        if ready:
+            # Who waits longest comes first; those who can share its batch come with it.
+            chunk = ready[0].lane.chunk
+            most = max(1, min(self._max_batch, int(MAX_ROUND / chunk)))
+            ready = [job for job in ready if job.lane.chunk == chunk][:most]
+            self._step(ready)
         for job in jobs:
             if job.error is None:
                 self._guard(job, job.collect)
+        if ready:
+            self.meter.round(chunk, len(ready), time.perf_counter() - began)
+
+    def _calibrate(self, chunk_ms: float) -> None:
+        """Measure a few rounds, so that the first who come do not meet a server of unknown size."""
+        recognizer = self._recognizer
+        for batch in (1, 8):
+            streams = [recognizer.stream(chunk_ms=chunk_ms) for _ in range(batch)]
+            noise = np.random.default_rng(0).normal(0, 0.05, 4 * streams[0].sample_rate)
+            for stream in streams:
+                stream.accept(noise.astype(np.float32))
+            while all(stream.ready for stream in streams):
+                began = time.perf_counter()
+                recognizer.step(streams)
+                self.meter.round(chunk_ms / 1000, batch, time.perf_counter() - began)
 
     def _step(self, jobs: list[_Job]) -> None:
         if not jobs:

@@ -23,9 +23,9 @@ from typing import Protocol
 from loquent.engine.batcher import Lane
 from loquent.engine.host import Host, Opened
 from loquent.engine.limits import Meter
-from loquent.engine.protocol import Audio, End, Finalize, Ready, Start, WireError, as_wire_error
+from loquent.engine.protocol import Audio, End, Finalize, Ready, WireError, as_wire_error
 from loquent.engine.recorder import Recorder
-from loquent.engine.wire.session import Actions, Close, Mark, Send
+from loquent.engine.wire.session import Actions, Close, Mark, Open, Send
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class Session:
                     await self._send(self._outgoing.popleft())
         for action in actions:
             match action:
-                case Start():
+                case Open():
                     await self._start(action)
                 case Audio(pcm=pcm):
                     assert self._lane is not None, "protocols start before they hear"
@@ -215,13 +215,15 @@ class Session:
                 case Close():
                     self._close_with = action
 
-    async def _start(self, start: Start) -> None:
+    async def _start(self, action: Open) -> None:
+        start = action.start
         recognizer = self._host.recognizer
         stream = recognizer.stream(
             sample_rate=start.sample_rate,
             chunk_ms=start.chunk_ms if start.chunk_ms is not None else self._config.chunk_ms,
             decoder=start.decoder,
             right_context_ms=start.right_context_ms,
+            endpoint=action.endpoint,
         )
         if self._config.record is not None:
             self._recorder = await asyncio.to_thread(Recorder, self._config.record, self._id, start)

@@ -107,6 +107,7 @@ class Host:
             session=secrets.token_hex(8),
             bundle=bundle.name,
             languages=bundle.languages,
+            chunks_ms=bundle.chunks_ms,
             now=time.time(),
         )
         wire = open_session(handshake, context, bare=self.config.bare)

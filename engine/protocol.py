@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from loquent.engine.errors import AudioError, ConfigError, ProtocolError
 from loquent.engine.events import Ended, EndReason, Event, Final, Finalized, Partial, Word
+from loquent.engine.wire.strict_json import parse_object
 
 VERSION: Const = 1
 SUBPROTOCOL: Const = "loquent.v1"
@@ -188,10 +189,17 @@ class Ready:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Seconds of audio that the server has received and processed so far."""
+    """Seconds of audio that the server has received and processed so far.
+
+    Attributes:
+        lag: seconds that wait, the chunk that is not whole yet among them.
+        lagging: more waits than that chunk explains; partials may be left out until it is less.
+    """
 
     received: float
     processed: float
+    lag: float = 0.0
+    lagging: bool = False
 
 
 class ServerProtocol:
@@ -316,14 +324,11 @@ def as_wire_error(error: Exception) -> WireError:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as exc:
+        return parse_object(text)
+    except ValueError as exc:
         raise WireError(
             "bad_json", f'got {text[:80]!r}, expected JSON such as {{"type": "start", ...}} ({exc})'
         ) from exc
-    if not isinstance(fields, dict):
-        raise WireError("bad_json", f"got JSON of type {type(fields).__name__}, expected an object")
-    return fields
 
 
 _KINDS: Const[Mapping[str, tuple[str, tuple[type, ...]]]] = {

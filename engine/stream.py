@@ -172,6 +172,11 @@ class Stream:
         waits = self._closed or bool(self._marks)
         return not self.done and (waits or self._ring.head >= self._needed)
 
+    @property
+    def missing(self) -> float:
+        """Seconds of audio until the next chunk is whole, but for what the resampler holds back."""
+        return max(0, self._needed - self._ring.head) / self._model_rate
+
     def accept(self, pcm: NDArray[Any]) -> None:
         """Take audio, as much at a time as is convenient.
 

@@ -91,6 +91,8 @@ class Alignment:
 
     Attributes:
         words: in order.
+        score: natural logarithm of the whole path's probability, divided by the number of tokens:
+            near 0 when the audio says what the text says and nothing else. NaN without tokens.
         logp: mean over the tokens of the natural logarithm of their probability where the path
             says them: near 0 when the audio says what the text says. NaN without tokens.
         blank_logp: mean over the frames between tokens of that of the blank: low where something
@@ -98,6 +100,7 @@ class Alignment:
     """
 
     words: tuple[AlignedWord, ...]
+    score: float
     logp: float
     blank_logp: float
 
@@ -145,7 +148,11 @@ def align(model: CtcModel, pcm: Float32, text: str) -> Alignment:
     Raises:
         AlignmentError: the audio is too short for the text.
     """
-    log_probs = model.log_probs(pcm)
+    return align_log_probs(model, model.log_probs(pcm), text)
+
+
+def align_log_probs(model: CtcModel, log_probs: Float32, text: str) -> Alignment:
+    """:func:`align` with (N, V) log-probabilities that ``model`` gave."""
     per_word = [(word, model.encode(word)) for word in text.split()]
     spans = align_tokens(log_probs, [i for _, ids in per_word for i in ids], model.blank)
     words: list[AlignedWord] = []
@@ -166,8 +173,10 @@ def align(model: CtcModel, pcm: Float32, text: str) -> Alignment:
     for span in spans:
         silent[span.start : span.end] = False
     blank = log_probs[silent, model.blank]
+    path = float(blank.sum()) + sum(s.logp * (s.end - s.start) for s in spans)
     return Alignment(
         words=tuple(words),
+        score=path / len(spans) if spans else float("nan"),
         logp=sum(s.logp for s in spans) / len(spans) if spans else float("nan"),
         blank_logp=float(blank.mean()) if len(blank) else float("nan"),
     )

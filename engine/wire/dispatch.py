@@ -7,14 +7,24 @@ from http import HTTPStatus
 from typing import Literal
 
 from loquent.engine.protocol import PATH, SUBPROTOCOL
+from loquent.engine.wire.deepgram import DeepgramSession
 from loquent.engine.wire.native import NativeSession
+from loquent.engine.wire.openai import OpenAiSession
 from loquent.engine.wire.session import Context, Factory, Handshake, Refused, WireSession
+from loquent.engine.wire.sherpa import SherpaSession
+from loquent.engine.wire.vosk import VoskSession
 
 # What a WebSocket at / means: clients of Vosk and of sherpa-onnx both go there and cannot be told
 # apart before they have sent audio.
 Bare = Literal["vosk", "sherpa"]
 
-PROTOCOLS: Mapping[str, Factory] = {PATH: NativeSession}
+PROTOCOLS: Mapping[str, Factory] = {
+    PATH: NativeSession,
+    "/vosk": VoskSession,
+    "/sherpa": SherpaSession,
+    "/v1/listen": DeepgramSession,
+    "/v1/realtime": OpenAiSession,
+}
 
 
 def is_wire(path: str) -> bool:

@@ -13,6 +13,7 @@ from loquent.engine.protocol import (
     Progress,
     Ready,
     ServerProtocol,
+    Start,
     State,
     WireError,
     as_wire_error,
@@ -22,6 +23,7 @@ from loquent.engine.wire.session import (
     Close,
     Context,
     Handshake,
+    Open,
     Send,
     WireSession,
 )
@@ -49,7 +51,8 @@ class NativeSession(WireSession):
 
     def receive(self, message: str | bytes) -> Actions:
         """One message is one command."""
-        return [self._protocol.receive(message)]
+        command = self._protocol.receive(message)
+        return [Open(start=command) if isinstance(command, Start) else command]
 
     def ready(self, ready: Ready) -> Actions:
         """``ready``."""

@@ -15,12 +15,15 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 from loquent.engine.batcher import Marked
+from loquent.engine.endpoint import EndpointRules
 from loquent.engine.events import Event
 from loquent.engine.protocol import Audio, End, Finalize, Progress, Ready, Start, WireError
+from loquent.engine.recognizer import DEFAULT_ENDPOINT
+from loquent.engine.wire.strict_json import parse_object
 
 MAX_FIELDS = 100  # of a query
 
@@ -45,7 +48,15 @@ class Mark:
     """Comes back as `Marked` once all audio before it is recognised as far as chunks go."""
 
 
-Action = Send | Close | Start | Audio | Mark | Finalize | End
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """Make the stream; `endpoint` says when its segments end."""
+
+    start: Start
+    endpoint: EndpointRules | None = DEFAULT_ENDPOINT
+
+
+Action = Send | Close | Open | Audio | Mark | Finalize | End
 Actions = Sequence[Action]
 
 
@@ -122,13 +133,14 @@ class Context:
     Attributes:
         session: the session's id, a random hex string.
         bundle: the bundle's name.
-        languages: those of the bundle.
+        languages, chunks_ms: those of the bundle.
         now: seconds since 1970 at the handshake.
     """
 
     session: str
     bundle: str
     languages: Collection[str] = ()
+    chunks_ms: Collection[float] = ()
     now: float = 0.0
 
 
@@ -161,7 +173,7 @@ class WireSession(ABC):
         """The client's next message. Raises WireError."""
 
     def ready(self, ready: Ready) -> Actions:
-        """`Start` was carried out: what the server chose."""
+        """`Open` was carried out: what the server chose."""
         return ()
 
     @abstractmethod
@@ -185,3 +197,13 @@ class WireSession(ABC):
 
 
 Factory = Callable[[Handshake, Context], WireSession]
+
+
+def read_json(text: str, example: str) -> dict[str, Any]:
+    """A client's JSON object. Raises WireError, which names an `example` of what is expected."""
+    try:
+        return parse_object(text)
+    except ValueError as exc:
+        raise WireError(
+            "bad_json", f"got {text[:80]!r}, expected JSON such as {example} ({exc})"
+        ) from exc

@@ -256,7 +256,14 @@ def test_finalize_leaves_the_session_where_it_was() -> None:
     assert protocol.receive(FINALIZE) == Finalize()
     assert protocol.state is State.STREAMING
     sent = json.loads(protocol.event(FINALIZED, PROGRESS))
-    assert sent == {"type": "finalized", "position": 1.5, "received": 1.5, "processed": 1.28}
+    assert sent == {
+        "type": "finalized",
+        "position": 1.5,
+        "received": 1.5,
+        "processed": 1.28,
+        "lag": 0.0,
+        "lagging": False,
+    }
     assert protocol.state is State.STREAMING
 
 
@@ -274,6 +281,8 @@ def test_the_partial_on_the_wire() -> None:
         ],
         "received": 1.5,
         "processed": 1.28,
+        "lag": 0.0,
+        "lagging": False,
     }
 
 

@@ -1,0 +1,330 @@
+"""Deepgram's streaming protocol (its docs, and the types of deepgram-python-sdk 7): ``/v1/listen``.
+
+    client                         server
+    audio                          Results: is_final false, replaced later (interim_results=true);
+                                   is_final true, immutable, one behind the other
+    {"type": "KeepAlive"}          nothing
+    {"type": "Finalize"}           always one Results with from_finalize, even without words
+    {"type": "Configure", ...}     ConfigureFailure: a running stream keeps what it began with
+    {"type": "CloseStream"}        Results for the rest, Metadata, close 1000
+    no JSON, or of unknown type    Error, and the session goes on
+
+    Partial                      -> Results is_final=false; SpeechStarted before a segment's first
+    Final, endpoint              -> Results is_final, speech_final
+    Final, limit                 -> Results is_final
+    Final, finalize + Finalized  -> Results is_final, speech_final, from_finalize
+    Final, end + Ended           -> Results is_final, speech_final; Metadata; close
+    silence after the last word  -> UtteranceEnd (utterance_end_ms)
+
+Options come in the query; those that we do not know are accepted, logged and listed as warnings in
+Metadata. Options that cannot be met, such as an encoding, refuse the handshake with dg-error.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from loquent.engine.batcher import Marked
+from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
+from loquent.engine.protocol import (
+    Audio,
+    Code,
+    End,
+    Finalize,
+    Progress,
+    Start,
+    WireError,
+    as_wire_error,
+)
+from loquent.engine.wire.deepgram_options import Options
+from loquent.engine.wire.pcm import PcmReader, read_wav_head
+from loquent.engine.wire.session import (
+    Action,
+    Actions,
+    Close,
+    Context,
+    Handshake,
+    Mark,
+    Open,
+    Refused,
+    Send,
+    WireSession,
+    read_json,
+)
+
+logger = logging.getLogger(__name__)
+
+_CLOSE: Mapping[Code, tuple[int, str]] = {
+    "bad_audio": (1008, "DATA-0000"),
+    "bad_config": (1008, "DATA-0000"),
+    "idle": (1011, "NET-0001"),
+    "internal": (1011, "NET-0000"),
+}
+
+
+class DeepgramSession(WireSession):
+    """A session at ``/v1/listen``."""
+
+    patience = 10.0  # as Deepgram has it: audio or KeepAlive within ten seconds
+
+    def __init__(self, handshake: Handshake, context: Context) -> None:
+        self._id = context.session
+        self._bundle = context.bundle
+        self._created = datetime.datetime.fromtimestamp(context.now, datetime.UTC)
+        self.headers = {"dg-request-id": self._id}
+        # A browser gets only a subprotocol that it offered: the scheme that carried its key.
+        self.subprotocol = next(
+            (name for name in handshake.subprotocols if name.lower() in ("token", "bearer")), None
+        )
+        try:
+            self._options = Options.parse(handshake.query, context.languages)
+        except ValueError as exc:
+            raise Refused(
+                HTTPStatus.BAD_REQUEST, str(exc), {**self.headers, "dg-error": str(exc)}
+            ) from exc
+        if self._options.unused:
+            logger.info(
+                "session %s: not supported here: %s", self._id, ", ".join(self._options.unused)
+            )
+        self._reader: PcmReader | None = None
+        self._head = b""  # of a wav file, while it is not whole
+        self._ending = False
+        self._reason: WireError | None = None
+        self._digest = hashlib.sha256()
+        self._settled = 0.0  # seconds up to which results are final
+        self._held: Final | None = None  # goes out with what asked for it
+        self._speaking = False  # since the last speech_final
+        self._segment = -1  # the last one that SpeechStarted was sent for
+        self._word_end: float | None = None  # of the last final word, until UtteranceEnd
+
+    @property
+    def draining(self) -> bool:
+        """After ``CloseStream``."""
+        return self._ending
+
+    def connected(self) -> Actions:
+        """Raw audio is described by the query; a wav file by its head."""
+        self.state = "streaming"
+        raw = self._options.raw
+        if raw is None:
+            return ()
+        return self._open(PcmReader(raw, self._options.channels), self._options.sample_rate)
+
+    def receive(self, message: str | bytes) -> Actions:
+        """Audio or a control message."""
+        if self._ending:
+            return ()  # what is still under way when a client closes
+        if isinstance(message, bytes):
+            # An empty message is the old way to close the stream.
+            return self._audio(message) if message else self._finish()
+        try:
+            fields = read_json(message, '{"type": "KeepAlive"}')
+        except WireError as exc:
+            return [self._schema_error(message, str(exc))]
+        match fields.get("type"):
+            case "KeepAlive":
+                return ()
+            case "Finalize" if self._reader is None:
+                return [self._results((), 0.0, final=True, speech_final=False, finalize=True)]
+            case "Finalize":
+                return [Finalize()]
+            case "CloseStream":
+                return self._finish()
+            case "Configure":
+                failure = {
+                    "type": "ConfigureFailure",
+                    "request_id": self._id,
+                    "code": "CONFIGURE_KEYTERMS_NOT_SUPPORTED",
+                    "description": "a running stream keeps the options of its address",
+                }
+                return [_send(failure)]
+            case other:
+                expected = "KeepAlive, Finalize, Configure or CloseStream"
+                return [self._schema_error(message, f"got type {other!r:.80}, expected {expected}")]
+
+    def event(self, event: Event | Marked, progress: Progress) -> Actions:
+        """See the table at the top."""
+        match event:
+            case Partial():
+                return [*self._began(event), *self._interim(event)]
+            case Final():
+                return self._final(event)
+            case Finalized():
+                return [self._flushed(event.position, finalize=True)]
+            case Marked():
+                return self._utterance_end(progress.processed)
+            case Ended():
+                return self._ended(event.duration)
+
+    def end(self, reason: WireError | None) -> Actions:
+        """As ``CloseStream`` does."""
+        self._reason = reason
+        return self._finish()
+
+    def error(self, error: Exception) -> Actions:
+        """Nothing but the close code and its reason."""
+        self.state = "failed"
+        known = as_wire_error(error)
+        code, name = _CLOSE.get(known.code, (known.close_code, known.code))
+        return [Close(code=code, reason=f"{name}: {known}")]
+
+    def _open(self, reader: PcmReader, sample_rate: int) -> list[Action]:
+        self._reader = reader
+        start = Start(sample_rate=sample_rate, encoding=reader.encoding)
+        return [Open(start=start, endpoint=self._options.endpoint)]
+
+    def _audio(self, data: bytes) -> list[Action]:
+        self._digest.update(data)
+        opening: list[Action] = []
+        if self._reader is None:
+            self._head += data
+            try:
+                head = read_wav_head(self._head)
+            except ValueError as exc:
+                raise WireError(
+                    "bad_audio",
+                    f"got {exc}, expected a wav file, or raw audio with encoding=linear16 and "
+                    "sample_rate in the address",
+                ) from exc
+            if head is None:
+                return []
+            data, self._head = self._head[head.start :], b""
+            opening = self._open(PcmReader(head.raw, head.channels), head.sample_rate)
+            assert self._reader is not None, "made by _open"
+        heard: list[Action] = [*opening, Audio(pcm=self._reader.accept(data))]
+        return [*heard, Mark()] if self._options.utterance_end else heard
+
+    def _finish(self) -> Actions:
+        self._ending = True
+        self.state = "draining"
+        return [End()] if self._reader is not None else self._over(0.0)
+
+    def _began(self, event: Partial | Final) -> list[Action]:
+        """What a segment's first words bring with them."""
+        if not event.words:
+            return []
+        self._speaking = True
+        said = self._utterance_end(event.words[0].start)
+        self._word_end = None  # counts anew from this segment's last word
+        if self._options.vad_events and event.segment != self._segment:
+            timestamp = round(event.start, 3)
+            said.append(_send({"type": "SpeechStarted", "channel": [0, 1], "timestamp": timestamp}))
+        self._segment = event.segment
+        return said
+
+    def _interim(self, event: Partial) -> list[Action]:
+        if not self._options.interim_results:
+            return []
+        return [self._results(event.words, max(event.end, self._settled))]
+
+    def _final(self, event: Final) -> list[Action]:
+        said = self._began(event)
+        self._word_end = event.end
+        if event.reason in ("finalize", "end"):
+            self._held = event
+            return said
+        over = event.reason == "endpoint"
+        self._speaking = not over
+        end = max(event.end, self._settled)
+        return [*said, self._results(event.words, end, final=True, speech_final=over)]
+
+    def _flushed(self, position: float, *, finalize: bool = False) -> Send:
+        held, self._held = self._held, None
+        spoke, self._speaking = self._speaking, False
+        words = held.words if held else ()
+        return self._results(words, position, final=True, speech_final=spoke, finalize=finalize)
+
+    def _utterance_end(self, now: float) -> list[Action]:
+        silence, last = self._options.utterance_end, self._word_end
+        if not silence or last is None or now - last < silence:
+            return []
+        self._word_end = None
+        return [_send({"type": "UtteranceEnd", "channel": [0, 1], "last_word_end": round(last, 3)})]
+
+    def _ended(self, duration: float) -> list[Action]:
+        rest = self._flushed(max(duration, self._settled))
+        return [rest, *self._utterance_end(duration), *self._over(duration)]
+
+    def _over(self, duration: float) -> list[Action]:
+        warnings = [
+            {
+                "parameter": name,
+                "type": "unsupported",
+                "message": "This server does not know this parameter; it was ignored.",
+            }
+            for name in self._options.unused
+        ]
+        metadata = {
+            "type": "Metadata",
+            "transaction_key": "deprecated",
+            "request_id": self._id,
+            "sha256": self._digest.hexdigest(),
+            "created": self._created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "duration": round(duration, 3),
+            "channels": 1,
+            **({"warnings": warnings} if warnings else {}),
+        }
+        if self._reason is not None:
+            return [_send(metadata), *self.error(self._reason)]
+        self.state = "closed"
+        return [_send(metadata), Close()]
+
+    def _results(
+        self,
+        words: Sequence[Word],
+        end: float,
+        *,
+        final: bool = False,
+        speech_final: bool = False,
+        finalize: bool = False,
+    ) -> Send:
+        start = self._settled
+        if final:
+            self._settled = end
+        confidence = sum(word.confidence for word in words) / len(words) if words else 0.0
+        alternative = {
+            "transcript": " ".join(word.text for word in words),
+            "confidence": round(confidence, 6),
+            "words": [self._word(word) for word in words],
+        }
+        return _send(
+            {
+                "type": "Results",
+                "channel_index": [0, 1],
+                "duration": round(end - start, 3),
+                "start": round(start, 3),
+                "is_final": final,
+                "speech_final": speech_final,
+                "from_finalize": finalize,
+                "channel": {"alternatives": [alternative]},
+                "metadata": {
+                    "request_id": self._id,
+                    "model_info": {"name": self._bundle, "version": "1", "arch": "emformer"},
+                    "model_uuid": str(uuid.uuid5(uuid.NAMESPACE_OID, self._bundle)),
+                },
+            }
+        )
+
+    def _word(self, word: Word) -> dict[str, Any]:
+        fields = {
+            "word": word.text,
+            "start": round(word.start, 3),
+            "end": round(word.end, 3),
+            "confidence": round(word.confidence, 6),
+        }
+        return {**fields, "punctuated_word": word.text} if self._options.punctuate else fields
+
+    def _schema_error(self, message: str, description: str) -> Send:
+        fields = {"type": "Error", "variant": "SchemaError", "description": description}
+        return _send({**fields, "message": message[:1000]})
+
+
+def _send(fields: Mapping[str, Any]) -> Send:
+    return Send(text=json.dumps(fields, ensure_ascii=False))
