@@ -29,6 +29,7 @@ from loquent.models.data import Augment, FeatureCache, read_manifest
 from loquent.models.student import Losses, Student, StudentConfig
 from loquent.models.tokens import Tokenizer
 from loquent.models.training import (
+    Drawn,
     TrainConfig,
     Trainer,
     _draw,
@@ -251,23 +252,29 @@ def test_learning_rate_warms_up_stays_and_falls(make: Make) -> None:
     assert make(steps=50, warmup=10, decay=1500)._rate(10) == 1.0
 
 
+def first_batch(trainer: Trainer) -> Drawn:
+    _, [(_, drawn)] = next(trainer._parts())
+    return drawn
+
+
 def test_batches_are_a_function_of_the_step(make: Make) -> None:
-    whole = make(augment=Augment())._batches()
+    whole = make(augment=Augment())._parts()
     all_ = [next(whole) for _ in range(8)]
     trainer = make(augment=Augment())
     trainer.progress.step = 5
-    later = trainer._batches()
-    for step, batch, segment, right in all_[5:]:
-        again = next(later)
-        assert (again[0], *again[2:]) == (step, segment, right)
-        assert torch.equal(again[1].x_BTF, batch.x_BTF)
-        assert torch.equal(again[1].targets_BU, batch.targets_BU)
-    assert len({(segment, right) for _, _, segment, right in all_}) > 2
+    later = trainer._parts()
+    for step, [(index, drawn)] in all_[5:]:
+        again_step, [(again_index, again)] = next(later)
+        assert (again_step, again_index) == (step, index) == (step, step)
+        assert (again.segment, again.right) == (drawn.segment, drawn.right)
+        assert torch.equal(again.batch.x_BTF, drawn.batch.x_BTF)
+        assert torch.equal(again.batch.targets_BU, drawn.batch.targets_BU)
+    assert len({(d.segment, d.right) for _, [(_, d)] in all_}) > 2
 
 
 def test_joined_batches_hold_the_same_speech_in_half_as_many_rows(make: Make) -> None:
-    apart = next(make(join=0.0)._batches())[1]
-    joined = next(make(join=1.0)._batches())[1]
+    apart = first_batch(make(join=0.0)).batch
+    joined = first_batch(make(join=1.0)).batch
     rows = len(apart.lengths_B)
     assert rows > 1
     assert len(joined.lengths_B) == -(-rows // 2)
@@ -279,9 +286,10 @@ def test_joined_batches_hold_the_same_speech_in_half_as_many_rows(make: Make) ->
 
 def test_labels_that_are_far_off_do_not_count(make: Make) -> None:
     trainer = make(join=0.0)
-    _, batch, segment, right = next(trainer._batches())
+    drawn = first_batch(trainer)
+    batch = drawn.batch
     student = trainer.student.eval()
-    encoded, frames = student(batch.x_BTF, batch.lengths_B, segment, right)
+    encoded, frames = student(batch.x_BTF, batch.lengths_B, drawn.segment, drawn.right)
 
     def losses(rows: list[int], drop_above: float) -> Losses:
         return student.losses(
