@@ -53,6 +53,18 @@ def save_checkpoint(
     raw: Tensors | None = None,
     optimizer: Tensors | None = None,
 ) -> None:
+    """Write a student's checkpoint, see :func:`save_folder`."""
+    tensors = {"model": model, "raw": raw, "optimizer": optimizer}
+    save_folder(folder, student.to_dict(), tokenizer, state, tensors)
+
+
+def save_folder(
+    folder: Path,
+    config: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    state: dict[str, Any],
+    tensors: dict[str, Tensors | None],
+) -> None:
     """Write a checkpoint so that a kill at any moment leaves the old one or the new one whole.
 
     Readers must call :func:`recover` first: a kill may fall between the two renames.
@@ -61,12 +73,13 @@ def save_checkpoint(
     partial, old = folder.with_name(folder.name + ".part"), _old(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(student.to_dict(), indent=1))
-    (partial / "tokens.spm").write_bytes(tokenizer.model)
+    (partial / "config.json").write_text(json.dumps(config, indent=1))
     (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for name, tensors in (("model", model), ("raw", raw), ("optimizer", optimizer)):
-        if tensors is not None:
-            plain = {n: t.detach().contiguous() for n, t in tensors.items()}
+    if tokenizer is not None:
+        (partial / "tokens.spm").write_bytes(tokenizer.model)
+    for name, named in tensors.items():
+        if named is not None:
+            plain = {n: t.detach().contiguous() for n, t in named.items()}
             save_file(plain, partial / f"{name}.safetensors")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -83,10 +83,10 @@ def arguments(corpus: Path, run: Path) -> list[str]:
     return [text for pair in options.items() for text in map(str, pair)]
 
 
-def start(corpus: Path, run: Path) -> subprocess.Popen[str]:
+def start(corpus: Path, run: Path, *options: str) -> subprocess.Popen[str]:
     shapes = Path(__file__).with_name("conftest.py")
     return subprocess.Popen(
-        [sys.executable, "-c", TRAIN, str(shapes), *arguments(corpus, run)],
+        [sys.executable, "-c", TRAIN, str(shapes), *arguments(corpus, run), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -391,7 +391,7 @@ def test_a_broken_recording_is_named(
 
 def test_interrupting_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(corpus, run)
+    process = start(corpus, run, "--steps", "100000")
     while step_of(run) < 2:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
