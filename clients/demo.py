@@ -11,7 +11,7 @@ from importlib.resources import as_file, files
 from loquent.clients.cli import fail
 from loquent.clients.live import Float32, recognise, stream_rate
 from loquent.clients.options import (
-    add_decoder_option,
+    add_decoder_options,
     add_model_options,
     load_recognizer,
     make_parser,
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         EXAMPLES,
     )
     add_model_options(parser)
-    add_decoder_option(parser)
+    add_decoder_options(parser)
     return parser
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from loquent.clients.live import MAX_RATE, MIN_RATE, Float32, recognise
 from loquent.clients.options import (
-    add_decoder_option,
+    add_decoder_options,
     add_model_options,
     load_recognizer,
     make_parser,
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list-devices", action="store_true", help="show the microphones and stop")
     add_model_options(parser)
-    add_decoder_option(parser)
+    add_decoder_options(parser)
     return parser
 
 

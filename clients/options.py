@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from loquent.engine.bundle import DECODERS
 from loquent.engine.recognizer import Recognizer
@@ -46,10 +47,23 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_decoder_option(parser: argparse.ArgumentParser) -> None:
-    """--decoder."""
+def add_decoder_options(parser: argparse.ArgumentParser) -> None:
+    """--decoder, --blank-penalty, --lm-weight."""
     parser.add_argument(
         "--decoder", choices=DECODERS, help="how to decode (default: as the bundle says)"
+    )
+    parser.add_argument(
+        "--blank-penalty",
+        type=finite_float,
+        metavar="X",
+        help="above 0 brings more words, below 0 fewer (default: as the bundle says)",
+    )
+    parser.add_argument(
+        "--lm-weight",
+        type=non_negative_float,
+        metavar="X",
+        help="how much the language model of a beam search counts, 0: not at all (default: as the "
+        "bundle says)",
     )
 
 
@@ -61,7 +75,11 @@ def load_recognizer(options: argparse.Namespace) -> Recognizer:
 def open_stream(recognizer: Recognizer, options: argparse.Namespace, sample_rate: int) -> Stream:
     """A stream for audio of `sample_rate` Hz as `options` ask for. Raises ConfigError."""
     return recognizer.stream(
-        sample_rate=sample_rate, chunk_ms=options.chunk_ms, decoder=options.decoder
+        sample_rate=sample_rate,
+        chunk_ms=options.chunk_ms,
+        decoder=options.decoder,
+        blank_penalty=options.blank_penalty,
+        lm_weight=options.lm_weight,
     )
 
 
@@ -73,6 +91,17 @@ def positive_int(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return number
+
+
+def finite_float(text: str) -> float:
+    """An argparse type: a number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number")
     return number
 
 

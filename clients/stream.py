@@ -15,7 +15,7 @@ from loquent.clients.client import Session, UnreachableError, connect
 from loquent.clients.live import Float32, stream_rate
 from loquent.clients.options import (
     CHUNK_MS,
-    add_decoder_option,
+    add_decoder_options,
     make_parser,
     non_negative_float,
     positive_int,
@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="X",
         help="speed: 1 as speech, 2 twice as fast, 0 without pause (default: 1)",
     )
-    add_decoder_option(parser)
+    add_decoder_options(parser)
     return parser
 
 
@@ -139,6 +139,8 @@ async def _run(options: argparse.Namespace) -> None:
         encoding="f32le",
         chunk_ms=options.chunk_ms,
         decoder=options.decoder,
+        blank_penalty=options.blank_penalty,
+        lm_weight=options.lm_weight,
     )
     timeline = Timeline()
     async with connect(options.url, start) as session:

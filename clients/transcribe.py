@@ -13,7 +13,7 @@ from typing import TextIO
 from loquent.clients.cli import EXIT_ERROR, EXIT_USAGE, fail
 from loquent.clients.live import recognise, stream_rate
 from loquent.clients.options import (
-    add_decoder_option,
+    add_decoder_options,
     add_model_options,
     load_recognizer,
     make_parser,
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     add_model_options(parser)
-    add_decoder_option(parser)
+    add_decoder_options(parser)
     return parser
 
 

@@ -224,6 +224,8 @@ class Session:
             decoder=start.decoder,
             right_context_ms=start.right_context_ms,
             endpoint=action.endpoint,
+            blank_penalty=start.blank_penalty,
+            lm_weight=start.lm_weight,
         )
         if self._config.record is not None:
             self._recorder = await asyncio.to_thread(Recorder, self._config.record, self._id, start)

@@ -132,7 +132,8 @@ class WireError(ProtocolError):
 class Start:
     """The client's first message. What is left at None is the server's to choose.
 
-    sample_rate is in Hz, chunk_ms and right_context_ms in milliseconds.
+    sample_rate is in Hz, chunk_ms and right_context_ms in milliseconds; blank_penalty and lm_weight
+    as `Recognizer.stream` takes them.
     """
 
     sample_rate: int
@@ -141,6 +142,8 @@ class Start:
     decoder: str | None = None
     language: str | None = None
     right_context_ms: float | None = None
+    blank_penalty: float | None = None
+    lm_weight: float | None = None
 
     def encode(self) -> str:
         """The message as the client sends it."""
@@ -338,6 +341,8 @@ _KINDS: Const[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "decoder": ("a string", (str,)),
     "language": ("a string", (str,)),
     "right_context_ms": ("a number (milliseconds)", (int, float)),
+    "blank_penalty": ("a number", (int, float)),
+    "lm_weight": ("a number", (int, float)),
 }
 
 

@@ -31,7 +31,7 @@ Float32 = NDArray[np.float32]
 _NEVER = -math.inf
 _NOTHING: Float32 = np.zeros((0, 0), np.float32)
 # A frame that is blank by CTC with this probability does nothing but end a repetition.
-_SURE = math.log(0.995)
+_SURE = math.log(0.98)
 
 
 class Hypothesis:
@@ -46,9 +46,10 @@ class Hypothesis:
             RNN-T does not score.
         blank, token: of the alignments by CTC that end with blank, and with the last token; 0 and
             minus infinity where CTC does not score.
+        longer: a memo of ``ids`` and ``words`` with one more token.
     """
 
-    __slots__ = ("blank", "context", "ids", "last", "rnnt", "token", "tokens", "words")
+    __slots__ = ("blank", "context", "ids", "last", "longer", "rnnt", "token", "tokens", "words")
 
     def __init__(
         self,
@@ -64,12 +65,15 @@ class Hypothesis:
         self.ids, self.tokens, self.last = ids, tokens, last
         self.words, self.context = words, context
         self.rnnt, self.blank, self.token = rnnt, blank, token
+        self.longer: dict[int, tuple[tuple[int, ...], Words]] = {}
 
     def scored(self, rnnt: float, blank: float, token: float) -> Hypothesis:
         """The same with other probabilities."""
-        return Hypothesis(
+        other = Hypothesis(
             self.ids, self.tokens, self.last, self.words, self.context, rnnt, blank, token
         )
+        other.longer = self.longer
+        return other
 
     def settled(self, count: int) -> Hypothesis:
         """The same after its first ``count`` tokens have been given out."""
@@ -298,19 +302,21 @@ class _Beam:
         for index in flat:
             i, token = divmod(index, vocabulary)
             parent = self.hypotheses[i]
-            r = parent.rnnt
+            r, t = parent.rnnt, parent.token
             if rnnt is not None:
                 r += float(rnnt[i, token])
-            t = parent.token
             if ctc is not None:
                 # The same token twice in a row is two tokens only with a blank in between.
                 t = parent.blank if token == parent.last else _add(parent.blank, t)
                 t += float(ctc[token])
-            ids = (*parent.ids, token)
-            h = found.get(ids)
-            if h is None:
+            longer = parent.longer.get(token)
+            if longer is None:
                 bonus = -float(self._mine[i, token]) if self.own else 0.0
                 words = fusion.extend(parent.words, token, bonus)
+                longer = parent.longer[token] = ((*parent.ids, token), words)
+            ids, words = longer
+            h = found.get(ids)
+            if h is None:
                 tokens = (*parent.tokens, Token(token, number, float(both[i, token])))
                 b = parent.blank if ctc is None else _NEVER
                 found[ids] = Hypothesis(ids, tokens, token, words, parent.context, r, b, t)

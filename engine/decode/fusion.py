@@ -35,7 +35,7 @@ class BeamRules:
     """
 
     beam: int = 8
-    margin: float = 8.0
+    margin: float = 5.0
     horizon: int = 50
     ctc: float = 0.5
     lm_weight: float = 0.4

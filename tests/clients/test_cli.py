@@ -239,6 +239,16 @@ def test_the_result_is_the_recognisers_own(
         assert capsys.readouterr().out == "".join(f"{final.text}\n" for final in finals)
 
 
+def test_a_blank_that_nothing_beats(
+    bundle: str, speech: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert transcribe(speech, "--bundle", bundle, "--blank-penalty", "-100") == 0
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit):
+        transcribe(speech, "--bundle", bundle, "--lm-weight", "-1")
+    assert "got '-1', expected a number, 0 or above" in capsys.readouterr().err
+
+
 def test_bad_files_are_named_and_the_others_still_run(
     bundle: str, speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,6 +189,7 @@ def test_a_broken_last_sample_is_not_heard() -> None:
         ('{"type": "start", "sample_rate": 16000.5}', "bad_config", "16000.5"),
         ('{"type": "start", "sample_rate": 16000, "chunkms": 80}', "bad_config", "'chunkms'"),
         ('{"type": "start", "sample_rate": 16000, "chunk_ms": "80"}', "bad_config", "'80'"),
+        ('{"type": "start", "sample_rate": 16000, "lm_weight": "1"}', "bad_config", "a number"),
         ('{"type": "start", "sample_rate": 16000, "encoding": "mp3"}', "bad_config", "s16le"),
         ('{"type": "start", "sample_rate": 16000, "encoding": 16}', "bad_config", "a string"),
         ('{"type": "start", "sample_rate": 16000, "language": "xx"}', "bad_config", "has en"),
