@@ -7,6 +7,7 @@ import math
 
 from loquent.engine.bundle import DECODERS
 from loquent.engine.recognizer import Recognizer
+from loquent.engine.session import DEVICES, Device
 from loquent.engine.stream import Stream
 
 CHUNK_MS = 320
@@ -67,9 +68,20 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_recognizer(options: argparse.Namespace) -> Recognizer:
-    """The recogniser that `options` ask for. Raises BundleError, MissingExtra."""
-    return Recognizer.load(options.bundle, threads=options.threads)
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="cpu",
+        help="where the network runs: cpu, or cuda with the extra [gpu] and a bundle that is not "
+        "int8 (default: cpu)",
+    )
+
+
+def load_recognizer(options: argparse.Namespace, device: Device = "cpu") -> Recognizer:
+    """The recogniser that `options` ask for. Raises BundleError, ConfigError, MissingExtra."""
+    return Recognizer.load(options.bundle, threads=options.threads, device=device)
 
 
 def open_stream(recognizer: Recognizer, options: argparse.Namespace, sample_rate: int) -> Stream:
@@ -103,6 +115,13 @@ def finite_float(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number")
     return number
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: a whole number, 0 or above."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number, 0 or above")
+    return int(text)
 
 
 def non_negative_float(text: str) -> float:

@@ -5,20 +5,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from loquent.clients import logs
 from loquent.clients.cli import fail
+from loquent.clients.config import resolve
 from loquent.clients.options import (
+    add_device_option,
     add_model_options,
     load_recognizer,
     make_parser,
+    non_negative_float,
+    non_negative_int,
     positive_int,
 )
+from loquent.engine import tls
+from loquent.engine.auth import Keys
+from loquent.engine.errors import ConfigError
+from loquent.engine.limits import Limits
 from loquent.engine.protocol import PATH
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.server import Server, ServerConfig
@@ -26,9 +35,11 @@ from loquent.engine.web import is_loopback
 
 EXAMPLES = """\
   loquent serve                                 then open http://127.0.0.1:8765/
-  loquent serve --host 0.0.0.0 --port 9000      for other machines too
-  loquent serve --record /tmp/sessions          keep the audio of all sessions
-  loquent serve --allow-origin https://example.org"""
+  loquent serve --host 0.0.0.0 --keys-file keys --tls-cert cert.pem --tls-key key.pem
+  loquent serve --config loquent.toml --check   say whether all of it would work
+  loquent serve --workers 4                     four processes on one port (Linux)"""
+
+API_KEYS = "LOQUENT_API_KEYS"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,32 +47,48 @@ def parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "serve",
         "Caption over WebSocket, with a web page to try it. Ctrl-C or SIGTERM ends it: sessions "
-        "get the rest of their text first.",
+        "get the rest of their text first. Every option may also come from a variable "
+        "(LOQUENT_MAX_SESSIONS=8) or from a TOML file (max-sessions = 8); flags beat variables, "
+        "variables beat the file.",
         EXAMPLES,
     )
     default = ServerConfig()
-    parser.add_argument(
+    limits = Limits()
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="TOML file with options")
+    add("--check", action="store_true", help="only say whether the server could start so, or why")
+    add(
         "--host",
         default=default.host,
         help=f"address to listen on (default: {default.host}, only this machine)",
     )
-    parser.add_argument(
+    add(
         "--port",
         type=_port,
         default=default.port,
         help=f"port, 0 for any free one (default: {default.port})",
     )
-    parser.add_argument(
-        "--max-sessions",
+    add(
+        "--workers",
         type=positive_int,
-        default=default.max_sessions,
+        default=1,
         metavar="N",
-        help=f"clients at the same time (default: {default.max_sessions})",
+        help="processes that share the port, each with its own model and limits; one that dies is "
+        "started again (Linux only; default: 1)",
     )
-    parser.add_argument(
-        "--record", type=Path, metavar="DIR", help="keep what every client sends as DIR/*.wav"
+    add("--record", type=Path, metavar="DIR", help="keep what every client sends as DIR/*.wav")
+    add_model_options(parser)
+    add_device_option(parser)
+
+    add = parser.add_argument_group("who may connect").add_argument
+    add(
+        "--keys-file",
+        type=Path,
+        metavar="FILE",
+        help="API keys, a line each: NAME KEY or NAME sha256:HEX. Keys may also be in the variable "
+        f"{API_KEYS}, as NAME:KEY,NAME:KEY",
     )
-    parser.add_argument(
+    add(
         "--allow-origin",
         action="append",
         default=[],
@@ -69,32 +96,94 @@ def parser() -> argparse.ArgumentParser:
         help="web pages from this origin may connect too, e.g. https://example.org; '*' for all; "
         "may be given more than once",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log every session")
-    add_model_options(parser)
+    add(
+        "--trusted-proxy",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="believe the X-Forwarded-For of this reverse proxy; may be given more than once",
+    )
+    add("--tls-cert", type=Path, metavar="FILE", help="PEM certificate chain: serve https and wss")
+    add("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+
+    group = parser.add_argument_group("limits", "0 stands for no limit; times in seconds")
+    for flag, kind, value, text in (
+        ("--max-sessions", positive_int, default.max_sessions, "clients at the same time"),
+        ("--sessions-per-key", non_negative_int, limits.sessions_per_key, "of one key's name"),
+        (
+            "--sessions-per-address",
+            non_negative_int,
+            limits.sessions_per_address,
+            "of one IPv4 address or IPv6 /64, this machine excepted",
+        ),
+        ("--session-seconds", non_negative_float, limits.session_seconds, "length of a session"),
+        (
+            "--start-timeout",
+            non_negative_float,
+            limits.start_timeout,
+            "for the request, and from there to the first message",
+        ),
+        (
+            "--idle-timeout",
+            _positive_float,
+            default.idle_timeout,
+            "without a message, then the session is finished",
+        ),
+        (
+            "--drain-timeout",
+            non_negative_float,
+            default.drain_timeout,
+            "for sessions to finish when the server is stopped",
+        ),
+        (
+            "--max-speed",
+            non_negative_float,
+            limits.max_speed,
+            "times faster than spoken that audio is read",
+        ),
+        (
+            "--messages-per-second",
+            non_negative_float,
+            limits.messages_per_second,
+            "of a session, beside those with audio",
+        ),
+    ):
+        group.add_argument(
+            flag, type=kind, default=value, metavar="N", help=f"{text} (default: {value:g})"
+        )
+
+    add = parser.add_argument_group("watching it").add_argument
+    add(
+        "--metrics-token",
+        metavar="TOKEN",
+        help="bearer token for /metrics; better in a variable or the file than here. Without one "
+        "only this machine may read them",
+    )
+    add("--log-format", choices=logs.FORMATS, default="text", help="text or JSON (default: text)")
+    add(
+        "--log-level",
+        choices=logs.LEVELS,
+        default="warning",
+        help="info tells of every session (default: warning)",
+    )
+    add("-v", "--verbose", action="store_true", help="the same as --log-level info")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
-    options = parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    # Broken requests of strangers are no event for the log.
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)
-    recognizer = load_recognizer(options)
-    # A chunk size that the bundle does not have should stop the server, not every session.
-    recognizer.stream(chunk_ms=options.chunk_ms)
-    config = ServerConfig(
-        host=options.host,
-        port=options.port,
-        chunk_ms=options.chunk_ms,
-        max_sessions=options.max_sessions,
-        page=files("loquent.clients") / "web",
-        record=options.record,
-        allow_origins=frozenset(options.allow_origin),
-    )
+    options = resolve(parser(), argv, os.environ)
+    logs.set_up(format=options.log_format, level="info" if options.verbose else options.log_level)
+    if options.check:
+        from loquent.clients.check import check
+
+        return check(options)
+    if options.workers > 1:
+        from loquent.clients.workers import supervise
+
+        return supervise(options, argv)
+    config = server_config(options)
+    recognizer = open_recognizer(options)
     try:
         asyncio.run(_serve(recognizer, config))
     except OSError as exc:
@@ -103,30 +192,93 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def open_recognizer(options: argparse.Namespace) -> Recognizer:
+    """The recogniser, tried out. Raises BundleError, ConfigError, MissingExtra."""
+    recognizer = load_recognizer(options, options.device)
+    # A chunk size that the bundle does not have should stop the server, not every session.
+    recognizer.stream(chunk_ms=options.chunk_ms)
+    return recognizer
+
+
+def load_keys(options: argparse.Namespace) -> Keys:
+    """Those of the file and of the environment together. Raises ConfigError, OSError."""
+    keys = Keys.from_environment(os.environ.get(API_KEYS, ""))
+    return keys + Keys.load(options.keys_file) if options.keys_file is not None else keys
+
+
+def server_config(options: argparse.Namespace) -> ServerConfig:
+    """What `options` say about the server. Raises ConfigError, OSError."""
+    if (options.tls_cert is None) != (options.tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key belong together; give both or neither")
+    return ServerConfig(
+        host=options.host,
+        port=options.port,
+        chunk_ms=options.chunk_ms,
+        max_sessions=options.max_sessions,
+        page=files("loquent.clients") / "web",
+        record=options.record,
+        allow_origins=frozenset(options.allow_origin),
+        keys=load_keys(options),
+        limits=Limits(
+            sessions_per_key=options.sessions_per_key,
+            sessions_per_address=options.sessions_per_address,
+            session_seconds=options.session_seconds,
+            start_timeout=options.start_timeout,
+            max_speed=options.max_speed,
+            messages_per_second=options.messages_per_second,
+        ),
+        trusted_proxies=frozenset(options.trusted_proxy),
+        tls=tls.server_context(options.tls_cert, options.tls_key) if options.tls_cert else None,
+        metrics_token=options.metrics_token,
+        idle_timeout=options.idle_timeout,
+        drain_timeout=options.drain_timeout,
+    )
+
+
 async def _serve(recognizer: Recognizer, config: ServerConfig) -> None:
+    stop = stop_event()
+    async with Server(recognizer, config) as server:
+        announce(config, server.port)
+        say("Ctrl-C stops it.")
+        await stop.wait()
+        say(f"stopping, {server.sessions} sessions open")
+
+
+def stop_event() -> asyncio.Event:
+    """Set by SIGINT or SIGTERM; a second one then ends the program at once."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGINT, signal.SIGTERM)
+
+    def end() -> None:
+        stop.set()
+        for number in signals:
+            loop.remove_signal_handler(number)
+
     with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises KeyboardInterrupt
         for number in signals:
-            loop.add_signal_handler(number, stop.set)
-    async with Server(recognizer, config) as server:
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        _say(f"page       http://{host}:{server.port}/")
-        _say(f"WebSocket  ws://{host}:{server.port}{PATH}")
-        if not is_loopback(config.host):
-            _say(
-                "Anyone who reaches this address can use it. Browsers give the microphone only to "
-                "https pages and to localhost: put a TLS proxy in front."
+            loop.add_signal_handler(number, end)
+    return stop
+
+
+def announce(config: ServerConfig, port: int) -> None:
+    """Say where the server is and who can get at it."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    secure = "s" if config.tls is not None else ""
+    say(f"page       http{secure}://{host}:{port}/")
+    say(f"WebSocket  ws{secure}://{host}:{port}{PATH}")
+    if not is_loopback(config.host):
+        if not config.keys:
+            say("Anyone who reaches this address can use it: --keys-file asks for API keys.")
+        if config.tls is None:
+            say(
+                "Browsers give the microphone only to https pages and to localhost: --tls-cert "
+                "and --tls-key, or a TLS proxy in front."
             )
-        _say("Ctrl-C stops it.")
-        await stop.wait()
-        for number in signals:
-            loop.remove_signal_handler(number)  # a second signal means it
-        _say(f"stopping, {server.sessions} sessions open")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """For the person who started the server."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -134,3 +286,9 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 to 65535")
     return int(text)
+
+
+def _positive_float(text: str) -> float:
+    if (number := non_negative_float(text)) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0")
+    return number

@@ -92,12 +92,7 @@ class Keys:
 
         Raises ConfigError, OSError.
         """
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if os.name == "posix" and mode & 0o037:
-            raise ConfigError(
-                f"{path}: others may read or change this file (mode {mode:04o}), expected 0600 or "
-                f"0640; run `chmod 600 {path}`"
-            )
+        check_private(path)
         try:
             keys = cls.parse(path.read_text(encoding="utf-8"), str(path))
         except UnicodeDecodeError as exc:
@@ -112,6 +107,16 @@ class Keys:
         pairs = [pair.partition(":") for pair in value.replace(",", " ").split()]
         lines = "\n".join(f"{name} {key}" for name, _, key in pairs)
         return cls.parse(lines, "LOQUENT_API_KEYS")
+
+
+def check_private(path: Path) -> None:
+    """Raises ConfigError where strangers may read a file or its group may write to it."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name == "posix" and mode & 0o037:
+        raise ConfigError(
+            f"{path}: others may read or change this file (mode {mode:04o}), expected 0600 or "
+            f"0640; run `chmod 600 {path}`"
+        )
 
 
 def _digest(key: str) -> bytes:

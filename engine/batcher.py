@@ -28,6 +28,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 
@@ -243,6 +244,7 @@ class Lane:
             and last.segment == event.segment
         ):
             self._outbox[-1] = update
+            self._batcher.drop(1)
         else:
             self._outbox.append(update)
 
@@ -336,13 +338,29 @@ class _Job:
         )
 
 
+class Observer(Protocol):
+    """Who counts what the batcher does; called in its thread and in the event loop's."""
+
+    def stepped(self, streams: int, seconds: float) -> None:
+        """The recogniser advanced so many streams in so many seconds."""
+
+    def dropped(self, partials: int) -> None:
+        """Partials will not be sent because newer ones are there."""
+
+
 class Batcher:
     """Runs a recogniser for many sessions. Use as ``async with Batcher(recognizer) as batcher``."""
 
     def __init__(
-        self, recognizer: Recognizer, *, max_batch: int = MAX_BATCH, chunk_ms: float | None = None
+        self,
+        recognizer: Recognizer,
+        *,
+        max_batch: int = MAX_BATCH,
+        chunk_ms: float | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._recognizer = recognizer
+        self._observer = observer
         self._max_batch = max_batch
         self._chunk_ms = chunk_ms
         self._lanes: dict[Lane, None] = {}  # in the order in which they are served
@@ -399,6 +417,12 @@ class Batcher:
         """Forget a lane. Idempotent."""
         self._lanes.pop(lane, None)
 
+    def drop(self, partials: int) -> None:
+        """Count partials that nobody will see."""
+        self.dropped_partials += partials
+        if partials and self._observer is not None:
+            self._observer.dropped(partials)
+
     def wake(self) -> None:
         """Something has arrived or been fetched: look at the lanes again."""
         self._wake.set()
@@ -422,7 +446,7 @@ class Batcher:
     def _finish_round(self, jobs: Iterable[_Job]) -> None:
         now = time.monotonic()
         for job in jobs:
-            self.dropped_partials += job.dropped
+            self.drop(job.dropped)
             job.lane._give_back(job, now)
             if job.stepped and job.lane in self._lanes:  # whoever was served queues up again
                 self._lanes[job.lane] = self._lanes.pop(job.lane)
@@ -444,7 +468,10 @@ class Batcher:
             if job.error is None:
                 self._guard(job, job.collect)
         if ready:
-            self.meter.round(chunk, len(ready), time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.meter.round(chunk, len(ready), seconds)
+            if self._observer is not None:
+                self._observer.stepped(len(ready), seconds)
 
     def _calibrate(self, chunk_ms: float) -> None:
         """Measure a few rounds, so that the first who come do not meet a server of unknown size."""

@@ -13,6 +13,7 @@ from loquent.engine.decode.fusion import BeamRules, Fusion
 from loquent.engine.decode.rnnt import RnntGreedy
 from loquent.engine.decode.transducer import Transducer
 from loquent.engine.predictor import OnnxPredictor
+from loquent.engine.session import Device
 
 
 class Decoders:
@@ -23,11 +24,11 @@ class Decoders:
         MissingExtra: ONNX Runtime is not installed.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int, device: Device = "cpu") -> None:
         self._bundle = bundle
         self._model: Transducer | None = None
         if bundle.rnnt:
-            networks = OnnxPredictor(bundle, bundle.rnnt, threads=threads)
+            networks = OnnxPredictor(bundle, bundle.rnnt, threads=threads, device=device)
             self._model = Transducer(networks, blank=bundle.blank)
         self._made: dict[DecoderName, Decoder[Any]] = {}
 

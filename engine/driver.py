@@ -23,9 +23,10 @@ from typing import Protocol
 from loquent.engine.batcher import Lane
 from loquent.engine.host import Host, Opened
 from loquent.engine.limits import Meter
+from loquent.engine.metrics import SessionMetrics
 from loquent.engine.protocol import Audio, End, Finalize, Ready, WireError, as_wire_error
 from loquent.engine.recorder import Recorder
-from loquent.engine.wire.session import Actions, Close, Mark, Open, Send
+from loquent.engine.wire.session import Actions, Close, Mark, Open, Send, WireSession
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Session:
         self._id = opened.session
         self._wire = opened.wire
         self.visitor = opened.visitor
+        self._log = logging.LoggerAdapter(logger, {"session": self._id})
+        self._metrics = SessionMetrics(host.metrics, _name_of(opened.wire))
         self._lane: Lane | None = None
         self._recorder: Recorder | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -82,26 +85,28 @@ class Session:
         """Serve the client until either side is done."""
         visitor = self.visitor
         whose = f", key of {visitor.key}" if visitor.key is not None else ""
-        logger.info("session %s: open, from %s%s", self._id, visitor.address, whose)
+        self._log.info("open, from %s%s", visitor.address, whose)
+        self._metrics.open()
         try:
             await self._serve()
         except Gone as exc:
             self._wire.lost()
-            logger.info("session %s: client gone (%s)", self._id, exc)
+            self._log.info("client gone (%s)", exc)
         except _UnreadError:
             self._wire.lost()
-            logger.info("session %s: client does not read; cut off", self._id)
+            self._log.info("client does not read; cut off")
             self.abort()
         except Exception as exc:
             if as_wire_error(exc).code == "internal":
-                logger.exception("session %s: failed", self._id)
+                self._log.exception("failed")
             await self.fail(exc)
         finally:
             if self._lane is not None:
                 self._lane.close()
             if self._recorder is not None:
                 await asyncio.to_thread(self._recorder.close)
-            logger.info("session %s: %s", self._id, self._wire.state)
+            self._metrics.close()
+            self._log.info("%s", self._wire.state)
 
     def stop(self) -> None:
         """The server is going down: read no more, finish what was heard."""
@@ -114,7 +119,9 @@ class Session:
 
     async def fail(self, error: Exception) -> None:
         """Tell the client why it cannot go on, and close."""
-        logger.info("session %s: %s", self._id, as_wire_error(error))
+        known = as_wire_error(error)
+        self._log.info("%s", known)
+        self._metrics.failed(known.code)
         try:
             await self._perform(self._wire.error(error))
         except (Gone, _UnreadError):
@@ -164,7 +171,7 @@ class Session:
             error = WireError(
                 "idle", f"got nothing for {self._patience:g} s; connect again to go on"
             )
-        logger.info("session %s: %s", self._id, error)
+        self._log.info("%s", error)
         return error
 
     async def _read(self) -> None:
@@ -199,7 +206,9 @@ class Session:
                     await self._start(action)
                 case Audio(pcm=pcm):
                     assert self._lane is not None, "protocols start before they hear"
-                    self._heard += len(pcm) / self._sample_rate
+                    seconds = len(pcm) / self._sample_rate
+                    self._heard += seconds
+                    self._metrics.heard(seconds, time.monotonic())
                     if self._recorder is not None:
                         await asyncio.to_thread(self._recorder.write, pcm)
                     await self._lane.feed(pcm)
@@ -247,6 +256,7 @@ class Session:
     async def _write(self, lane: Lane) -> None:
         while self._close_with is None:
             for event, progress in await lane.events():
+                self._metrics.said(event, time.monotonic())
                 await self._perform(self._wire.event(event, progress))
 
     async def _send(self, text: str) -> None:
@@ -278,6 +288,11 @@ class Session:
         with contextlib.suppress(Gone):
             while True:
                 await self._socket.receive()
+
+
+def _name_of(wire: WireSession) -> str:
+    """The protocol's name for the metrics."""
+    return type(wire).__name__.removesuffix("Session").lower()
 
 
 class _UnreadError(Exception):

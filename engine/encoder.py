@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 from loquent.engine.bundle import Bundle
 from loquent.engine.errors import BundleError
-from loquent.engine.session import Array, Graph, State, Tensor, initial_state, state_tensors
+from loquent.engine.session import (
+    Array,
+    Device,
+    Graph,
+    State,
+    Tensor,
+    initial_state,
+    state_tensors,
+)
 
 Float32 = NDArray[np.float32]
 
@@ -25,7 +33,7 @@ class OnnxEncoder:
         MissingExtra: ONNX Runtime is not installed.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 1, device: Device = "cpu") -> None:
         spec = bundle.encoder
         self._spec = spec
         self._heads = _heads(bundle, batch=None, frames=None)
@@ -41,6 +49,7 @@ class OnnxEncoder:
             },
             outputs={**self._heads, **state_tensors("next.", spec.states)},
             threads=threads,
+            device=device,
         )
         self.initial: State = initial_state(spec.states)
         self._try(bundle, features)

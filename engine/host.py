@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import hmac
 import logging
 import secrets
+import ssl
 import time
 from collections.abc import Collection, Mapping
 from importlib.resources.abc import Traversable
@@ -16,10 +19,11 @@ from loquent.engine.auth import Keys
 from loquent.engine.batcher import Batcher
 from loquent.engine.gate import Gate, Visitor
 from loquent.engine.limits import Limits
+from loquent.engine.metrics import Metrics
 from loquent.engine.protocol import WireError
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.dispatch import Bare, open_session
-from loquent.engine.wire.session import Context, Handshake, WireSession
+from loquent.engine.wire.session import Context, Handshake, Refused, WireSession
 
 if TYPE_CHECKING:
     from loquent.engine.driver import Session
@@ -35,9 +39,11 @@ class ServerConfig:
     record: a folder in which the audio of every session is kept as a wav file, for debugging.
     allow_origins: web origins other than the server's own and this machine's whose pages may
     connect. keys: who may connect, everybody if there are none. limits: see `Limits`.
-    trusted_proxies: addresses whose ``X-Forwarded-For`` is believed. idle_timeout: how long a
-    client may say nothing. send_timeout: how long it may leave a message unread. drain_timeout: how
-    long sessions may take to finish when the server is stopped.
+    trusted_proxies: addresses whose ``X-Forwarded-For`` is believed. tls: serve https and wss with
+    it. metrics_token: who presents it as a bearer may read ``/metrics``, without one only this
+    machine may. reuse_port: share the port with other processes (``SO_REUSEPORT``). idle_timeout:
+    how long a client may say nothing. send_timeout: how long it may leave a message unread.
+    drain_timeout: how long sessions may take to finish when the server is stopped.
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +57,9 @@ class ServerConfig:
     keys: Keys = dataclasses.field(default_factory=Keys)
     limits: Limits = dataclasses.field(default_factory=Limits)
     trusted_proxies: Collection[str] = ()
+    tls: ssl.SSLContext | None = None
+    metrics_token: str | None = dataclasses.field(default=None, repr=False)
+    reuse_port: bool = False
     idle_timeout: float = 60.0
     send_timeout: float = 30.0
     drain_timeout: float = 10.0
@@ -71,7 +80,8 @@ class Host:
     def __init__(self, recognizer: Recognizer, config: ServerConfig | None = None) -> None:
         self.recognizer = recognizer
         self.config = config or ServerConfig()
-        self.batcher = Batcher(recognizer)
+        self.metrics = Metrics(recognizer.bundle.name)
+        self.batcher = Batcher(recognizer, observer=self.metrics)
         self._gate = Gate(
             keys=self.config.keys,
             limits=self.config.limits,
@@ -84,9 +94,12 @@ class Host:
 
     async def __aenter__(self) -> Host:
         await self.batcher.__aenter__()
+        self._watching = asyncio.create_task(self._watch(), name="loquent-lag")
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        self._watching.cancel()
+        await asyncio.wait([self._watching])
         await self.batcher.__aexit__()
 
     def open(self, peer: str, target: str, headers: Mapping[str, str]) -> Opened:
@@ -100,7 +113,14 @@ class Host:
         Raises:
             Refused: it gets none; says the HTTP status and why.
         """
-        handshake = Handshake.parse(target, headers)
+        try:
+            return self._open(peer, Handshake.parse(target, headers))
+        except Refused as refused:
+            self.metrics.refuse(refused.status)
+            logger.info("a request from %s was refused: %s", peer, refused)
+            raise
+
+    def _open(self, peer: str, handshake: Handshake) -> Opened:
         visitor = self._gate.admit(peer, handshake)
         bundle = self.recognizer.bundle
         context = Context(
@@ -143,10 +163,32 @@ class Host:
         for session in list(self.sessions):
             session.abort()
 
+    def may_read_metrics(self, peer: str, headers: Mapping[str, str]) -> bool:
+        """Whether a request for ``/metrics`` is answered: see ``ServerConfig.metrics_token``."""
+        handshake = Handshake(path="/metrics", headers=headers)
+        if (token := self.config.metrics_token) is None:
+            return web.is_loopback(self._gate.address_of(peer, handshake))
+        return any(
+            hmac.compare_digest(given.encode(), token.encode()) for given in handshake.credentials
+        )
+
+    async def _watch(self) -> None:
+        while True:
+            lags = [lane.received - lane.processed for lane in self.batcher.lanes]
+            self.metrics.lag.set(max(lags, default=0.0))
+            await asyncio.sleep(1.0)
+
+    @property
+    def status(self) -> str:
+        """``ok``, ``full`` (of sessions) or ``draining`` (it is being stopped)."""
+        if self.draining:
+            return "draining"
+        return "full" if len(self.sessions) >= self.config.max_sessions else "ok"
+
     def health(self) -> dict[str, Any]:
-        """For ``/healthz``."""
+        """For ``/healthz`` and ``/readyz``."""
         return {
-            "status": "draining" if self.draining else "ok",
+            "status": self.status,
             "bundle": self.recognizer.bundle.name,
             "sessions": len(self.sessions),
             "max_sessions": self.config.max_sessions,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loquent.engine.bundle import Bundle, RnntSpec
-from loquent.engine.session import Array, Graph, State, initial_state, state_tensors
+from loquent.engine.session import Array, Device, Graph, State, initial_state, state_tensors
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -24,7 +24,9 @@ class OnnxPredictor:
         MissingExtra: ONNX Runtime is not installed.
     """
 
-    def __init__(self, bundle: Bundle, spec: RnntSpec, *, threads: int = 1) -> None:
+    def __init__(
+        self, bundle: Bundle, spec: RnntSpec, *, threads: int = 1, device: Device = "cpu"
+    ) -> None:
         vector = ("float32", (None, spec.joiner_dim))
         self._names = [state.name for state in spec.states]
         self._outputs = ["pred", *("next." + name for name in self._names)]
@@ -34,6 +36,7 @@ class OnnxPredictor:
             inputs={"token": ("int64", (None,)), **state_tensors("state.", spec.states)},
             outputs={"pred": vector, **state_tensors("next.", spec.states)},
             threads=threads,
+            device=device,
         )
         self._joiner = Graph(
             bundle,
@@ -41,6 +44,7 @@ class OnnxPredictor:
             inputs={"enc": vector, "pred": vector},
             outputs={"logits": ("float32", (None, len(bundle.tokens)))},
             threads=threads,
+            device=device,
         )
         self.initial: State = initial_state(spec.states)
         pred, state = self.step(np.array([bundle.blank], np.int64), self.initial)

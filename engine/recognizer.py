@@ -18,7 +18,7 @@ from loquent.engine.encoder import OnnxEncoder
 from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Final
-from loquent.engine.session import Slot, stack, unstack
+from loquent.engine.session import Device, Slot, stack, unstack
 from loquent.engine.stream import Stream, as_float32
 from loquent.engine.vad import SAMPLE_RATE as VAD_RATE
 from loquent.engine.vad import SileroVad, Vad, Voice
@@ -35,34 +35,42 @@ class Recognizer:
     Args:
         bundle: the checked manifest.
         threads: of ONNX Runtime within one call; see ``session.Graph``.
+        device: ``cpu`` or ``cuda``, which needs the extra ``[gpu]``.
 
     Raises:
         BundleError: a graph does not fit the manifest.
+        ConfigError: the device cannot be used.
         MissingExtra: ONNX Runtime is not installed.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 1, device: Device = "cpu") -> None:
         if threads < 1:
             raise ConfigError(f"got threads {threads}, expected 1 or more")
         self.bundle = bundle
-        self._encoder = OnnxEncoder(bundle, threads=threads)
+        self._encoder = OnnxEncoder(bundle, threads=threads, device=device)
         self._start = Slot(self._encoder.initial, 0, 1)
         self._threads = threads
-        self._decoders = Decoders(bundle, threads=threads)
+        self._decoders = Decoders(bundle, threads=threads, device=device)
 
     @cached_property
     def _vad(self) -> SileroVad:
         return SileroVad(threads=self._threads)
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str] = "en", *, threads: int = 1) -> Recognizer:
+    def load(
+        cls,
+        source: str | os.PathLike[str] = "en",
+        *,
+        threads: int = 1,
+        device: Device = "cpu",
+    ) -> Recognizer:
         """Load a bundle: a folder, a tar file, or the name of one that came with Loquent.
 
         Raises:
             BundleError: it is missing, damaged or made for another engine.
             MissingExtra: ONNX Runtime is not installed.
         """
-        return cls(Bundle.load(source), threads=threads)
+        return cls(Bundle.load(source), threads=threads, device=device)
 
     def stream(
         self,

@@ -1,4 +1,4 @@
-"""The captioning server: WebSocket sessions, the web page and ``/healthz`` on one port.
+"""The captioning server: WebSocket sessions, the web page, metrics and health on one port.
 
 The sockets are websockets'; what goes over them is `loquent.engine.driver`'s business, and who may
 connect `loquent.engine.host`'s. The path of a request chooses the wire protocol
@@ -24,6 +24,7 @@ from loquent.engine import web
 from loquent.engine.batcher import Batcher
 from loquent.engine.driver import Gone, Session
 from loquent.engine.host import Host, Opened, ServerConfig
+from loquent.engine.metrics import CONTENT_TYPE
 from loquent.engine.protocol import MAX_MESSAGE
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.dispatch import is_wire
@@ -57,6 +58,8 @@ class Server:
                 create_connection=_Connection,
                 server_header="loquent",
                 logger=_SILENT,
+                ssl=self.config.tls,
+                reuse_port=self.config.reuse_port or None,
                 open_timeout=self.config.limits.start_timeout or None,
                 # Audio does not deflate, and a small message could inflate into a huge one.
                 compression=None,
@@ -110,19 +113,19 @@ class Server:
         if is_wire(path) and path != "/":
             return web.respond_text(HTTPStatus.UPGRADE_REQUIRED, "This address is a WebSocket.")
         head = method == "HEAD"
-        if path == "/healthz":
-            draining = self.host.draining
-            status = HTTPStatus.SERVICE_UNAVAILABLE if draining else HTTPStatus.OK
+        if path == "/metrics":
+            return self._metrics(connection, request, head=head)
+        if path in ("/healthz", "/readyz"):
+            # Alive is who answers; ready is who takes sessions.
+            ready = path == "/healthz" or self.host.status == "ok"
+            status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
             return web.respond_json(status, self.host.health(), head=head)
         return web.static_file(self.config.page, path, head=head)
 
     def _open(self, connection: ServerConnection, request: Request) -> Response | None:
         """Make the session that a WebSocket request asks for, or say why there is none."""
         assert isinstance(connection, _Connection), "made by create_connection"
-        headers: dict[str, str] = {}
-        for name, value in request.headers.raw_items():
-            known = headers.get(name.lower())
-            headers[name.lower()] = value if known is None else f"{known}, {value}"
+        headers = _headers(request)
         try:
             connection.opened = self.host.open(connection.peer, request.path, headers)
         except Refused as refused:
@@ -130,6 +133,17 @@ class Server:
             response.headers.update(refused.headers)
             return response
         return None
+
+    def _metrics(self, connection: ServerConnection, request: Request, *, head: bool) -> Response:
+        assert isinstance(connection, _Connection), "made by create_connection"
+        if not self.host.may_read_metrics(connection.peer, _headers(request)):
+            response = web.respond_text(
+                HTTPStatus.UNAUTHORIZED, "Metrics are for this machine or with their own token."
+            )
+            response.headers["WWW-Authenticate"] = 'Bearer realm="loquent metrics"'
+            return response
+        text = self.host.metrics.render()
+        return web.respond(HTTPStatus.OK, text, CONTENT_TYPE, head=head)
 
     async def _handle(self, connection: ServerConnection) -> None:
         assert isinstance(connection, _Connection), "made by create_connection"
@@ -183,6 +197,15 @@ class _Socket:
     def abort(self) -> None:
         if not self._gone:
             self._connection.transport.abort()
+
+
+def _headers(request: Request) -> dict[str, str]:
+    """By names in lower case; what comes more than once is joined by commas."""
+    headers: dict[str, str] = {}
+    for name, value in request.headers.raw_items():
+        known = headers.get(name.lower())
+        headers[name.lower()] = value if known is None else f"{known}, {value}"
+    return headers
 
 
 def _select_subprotocol(

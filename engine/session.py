@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from loquent.engine.bundle import (
     GraphFile,
     StateSpec,
 )
-from loquent.engine.errors import BundleError, MissingExtra
+from loquent.engine.errors import BundleError, ConfigError, MissingExtra
 
 Array = NDArray[Any]
 State = dict[str, Array]
@@ -27,6 +27,9 @@ State = dict[str, Array]
 Tensor = tuple[str, tuple[int | None, ...]]
 """Element type and shape; None for an axis of any length."""
 
+Device = Literal["cpu", "cuda"]
+DEVICES: tuple[Device, ...] = ("cpu", "cuda")
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _AGAIN = "export the bundle again"
 _ONNX_TYPES = {
     "tensor(float)": "float32",
@@ -45,9 +48,11 @@ class Graph:
         inputs, outputs: what the graph must take and give; it may give more.
         threads: for the operators of one call. More than one pays only when few streams share
             many cores: batching streams is the better use of them.
+        device: ``cpu`` or ``cuda``.
 
     Raises:
         BundleError: the graph does not belong to the manifest.
+        ConfigError: this ONNX Runtime cannot use the device.
         MissingExtra: ONNX Runtime is not installed.
     """
 
@@ -59,6 +64,7 @@ class Graph:
         inputs: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
         threads: int,
+        device: Device = "cpu",
     ) -> None:
         self.where = f"{bundle.files.where}: {file.file}"
         ort = _onnxruntime()
@@ -71,9 +77,17 @@ class Graph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         data = bundle.graph(file)
         try:
-            self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(data, options, providers=_providers(ort, device))
+        except ConfigError:
+            raise
         except Exception as exc:  # ONNX Runtime's own errors have no common base class
             raise BundleError(f"{self.where}: ONNX Runtime cannot load it ({exc})") from exc
+        # Where CUDA's libraries are missing, ONNX Runtime only says so and goes on without.
+        if device == "cuda" and _CUDA not in self._session.get_providers():
+            raise ConfigError(
+                "device cuda cannot be used: ONNX Runtime found no CUDA device or not the CUDA and "
+                "cuDNN libraries that it needs; its message is above. Use device cpu meanwhile"
+            )
         self._check_metadata(bundle)
         self._check_tensors("input", self._session.get_inputs(), inputs, closed=True)
         self._check_tensors("output", self._session.get_outputs(), outputs, closed=False)
@@ -187,6 +201,19 @@ def unstack(state: State, count: int) -> list[Slot]:
 
 def _show(shape: Sequence[object]) -> str:
     return "[" + ",".join("?" if axis is None else str(axis) for axis in shape) + "]"
+
+
+def _providers(ort: Any, device: Device) -> list[str]:
+    if device not in DEVICES:
+        raise ConfigError(f"got device {device!r}, expected {' or '.join(DEVICES)}")
+    if device == "cpu":
+        return [_CPU]
+    if _CUDA not in ort.get_available_providers():
+        raise ConfigError(
+            "device cuda needs the ONNX Runtime of `pip install 'loquent[gpu]'` in place of the "
+            f"one of [cpu]; this one has only {', '.join(ort.get_available_providers())}"
+        )
+    return [_CUDA, _CPU]
 
 
 def _onnxruntime() -> Any:
