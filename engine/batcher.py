@@ -55,6 +55,8 @@ MAX_BATCH = 32
 MAX_ROUND = 10.24
 # A stream is behind if this many seconds of audio wait beyond those that its latency explains.
 LAG_LIMIT = 1.0
+# Seconds of audio after which a lane with `beats` says how far it is.
+BEAT = 1.0
 # A session counts as streaming for so many seconds after its last audio.
 _ACTIVE = 2.0
 
@@ -64,7 +66,12 @@ class Marked:
     """The answer to the oldest `Lane.mark` that has none yet."""
 
 
+class Beat(Marked):
+    """A mark that nobody set, for whoever wants to know the progress where no event tells it."""
+
+
 _MARK = Marked()
+_BEAT = Beat()
 Update = tuple[Event | Marked, Progress]
 # What waits for the worker, in order: audio, and marks and calls of `finalize` in between.
 Inbox = deque[Pcm | Marked | Finalize]
@@ -84,6 +91,9 @@ class Lane:
         self._orders = 0  # marks and calls of `finalize` in the inbox
         self._fed_at = time.monotonic()  # when audio came last; a new session is about to send ...
         self._due: float | None = None  # ... and when a whole chunk was there
+        self.beats = False  # `Beat` comes out where the audio goes on and no event says so
+        self._told_at = 0.0  # seconds of audio received when progress was last told; the worker's
+        self.finalizes = 0  # calls of `finalize` so far
         self._state = _State.of(stream)
         self._progress = Progress(received=0.0, processed=0.0)
         self._finishing = False
@@ -126,6 +136,7 @@ class Lane:
         await self._enter()
         self._inbox.append(Finalize())
         self._orders += 1
+        self.finalizes += 1
         self._batcher.wake()
 
     def finish(self) -> None:
@@ -151,6 +162,11 @@ class Lane:
     def waiting(self) -> float:
         """Seconds of audio in the inbox."""
         return self._waiting / self._sample_rate
+
+    @property
+    def samples(self) -> int:
+        """Samples that have come."""
+        return self._received
 
     @property
     def lag(self) -> float:
@@ -242,7 +258,7 @@ class Lane:
             isinstance(event, Partial)
             and isinstance(last, Partial)
             and last.segment == event.segment
-        ):
+        ) or (isinstance(event, Beat) and isinstance(last, Beat)):
             self._outbox[-1] = update
             self._batcher.drop(1)
         else:
@@ -326,6 +342,11 @@ class _Job:
         elif any(isinstance(event, Partial) for event in events):
             self.lane._shown_at = progress.processed
         self.updates.extend((event, progress) for event in events)
+        if self.updates:
+            self.lane._told_at = received
+        elif self.lane.beats and received >= self.lane._told_at + BEAT:
+            self.updates.append((_BEAT, progress))
+            self.lane._told_at = received
 
     def _progress(self, received: float) -> Progress:
         processed = self.stream.processed
@@ -335,6 +356,7 @@ class _Job:
             processed=processed,
             lag=round(lag, 3),
             lagging=lag > self.stream.latency_ms / 1000 + LAG_LIMIT,
+            samples=round(self.stream.received * self.stream.sample_rate),
         )
 
 

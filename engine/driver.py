@@ -7,6 +7,10 @@ stops reading while the lane is full, so that TCP itself slows a client down tha
 we recognise. Where a client does not read, its own session waits; when that takes too long the
 session ends, and nobody else has noticed.
 
+A session whose protocol says that it can be resumed outlives its connection: it waits, for a
+bounded time, until a new connection brings its token, and goes on over that one. Its lane works on
+meanwhile; what the client has not seen is kept by the protocol and by the lane's own bounds.
+
 This module knows no WebSocket library: whoever has an open socket, `loquent.engine.server` for one,
 runs a session on it.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -24,14 +29,23 @@ from loquent.engine.batcher import Lane
 from loquent.engine.host import Host, Opened
 from loquent.engine.limits import Meter
 from loquent.engine.metrics import SessionMetrics
-from loquent.engine.protocol import Audio, End, Finalize, Ready, WireError, as_wire_error
+from loquent.engine.protocol import (
+    Audio,
+    End,
+    Finalize,
+    Ready,
+    Resume,
+    Standing,
+    WireError,
+    as_wire_error,
+)
 from loquent.engine.recorder import Recorder
 from loquent.engine.wire.session import Actions, Close, Mark, Open, Send, WireSession
 
 logger = logging.getLogger(__name__)
 
 # RFC 6455 section 7.4.1.
-NORMAL_CLOSURE, GOING_AWAY = 1000, 1001
+NORMAL_CLOSURE, GOING_AWAY, POLICY_VIOLATION = 1000, 1001, 1008
 
 
 class Gone(Exception):  # noqa: N818
@@ -47,8 +61,11 @@ class Socket(Protocol):
     async def send(self, text: str) -> None:
         """Send a text message; waits while the client does not read. Raises Gone."""
 
-    async def close(self, code: int, reason: str) -> None:
-        """Close, once all is sent. Does nothing if the connection is gone."""
+    async def close(self, code: int, reason: str) -> bool:
+        """Close, once all is sent; whether the client has answered, and so has read it all.
+
+        Does nothing if the connection is gone.
+        """
 
     def abort(self) -> None:
         """Cut the connection. Does nothing if it is gone."""
@@ -80,6 +97,17 @@ class Session:
         self._outgoing: deque[str] = deque()
         self._sending = asyncio.Lock()
         self._close_with: Close | None = None
+        # Of a session that can be resumed: the secret that stands for it, whoever has just come
+        # back with it, and when the connection was lost.
+        self.token: str | None = None
+        self._back: asyncio.Future[_Arrival | None] | None = None
+        self._idle = asyncio.Event()  # nobody is served: the session waits or is over
+        self._heir: tuple[Session, int] | None = None
+
+    @property
+    def parked(self) -> bool:
+        """Whether the session waits for its client."""
+        return self._back is not None
 
     async def run(self) -> None:
         """Serve the client until either side is done."""
@@ -88,30 +116,84 @@ class Session:
         self._log.info("open, from %s%s", visitor.address, whose)
         self._metrics.open()
         try:
-            await self._serve()
-        except Gone as exc:
-            self._wire.lost()
-            self._log.info("client gone (%s)", exc)
-        except _UnreadError:
-            self._wire.lost()
-            self._log.info("client does not read; cut off")
-            self.abort()
+            arrival: _Arrival | None = None
+            while True:
+                read_all = await self._serve_on(arrival)
+                if arrival is not None:
+                    arrival.done.set()
+                if read_all or (arrival := await self._wait_for_client()) is None:
+                    break
         except Exception as exc:
             if as_wire_error(exc).code == "internal":
                 self._log.exception("failed")
             await self.fail(exc)
         finally:
+            if arrival is not None:
+                arrival.done.set()
+            self._host.forget(self)
+            self._idle.set()
             if self._lane is not None:
                 self._lane.close()
             if self._recorder is not None:
                 await asyncio.to_thread(self._recorder.close)
             self._metrics.close()
             self._log.info("%s", self._wire.state)
+        if self._heir is not None:
+            session, seq = self._heir
+            self._host.sessions.discard(self)  # from here on it is the other one that counts
+            await session.adopt(self._socket, seq)
+
+    async def adopt(self, socket: Socket, seq: int) -> None:
+        """Go on over a socket for a client with the events up to `seq`, until it is done."""
+        if self._back is None:  # the old connection is dead, and nobody has noticed
+            self.abort()
+        async with asyncio.timeout(self._config.send_timeout):
+            await self._idle.wait()
+        if self._back is None or self._back.done():
+            return
+        arrival = _Arrival(socket, seq, asyncio.Event())
+        self._back.set_result(arrival)
+        await arrival.done.wait()
+
+    async def _serve_on(self, arrival: _Arrival | None) -> bool:
+        """Serve over the socket until it is done with; whether the client has read all."""
+        try:
+            if arrival is not None:
+                self._socket = arrival.socket
+            return await self._serve(arrival)
+        except Gone as exc:
+            self._log.info("client gone (%s)", exc)
+        except _UnreadError:
+            self._log.info("client does not read; cut off")
+            await self._cut()
+        return False
+
+    async def _wait_for_client(self) -> _Arrival | None:
+        """The client on a new connection, or None if it does not come back."""
+        if self.token is None or self._stopping or not self._host.may_park:
+            self._wire.lost()
+            return None
+        self._outgoing.clear()  # the protocol has kept them
+        self._back = asyncio.get_running_loop().create_future()
+        self._idle.set()
+        self._log.info("waits for its client")
+        try:
+            async with asyncio.timeout(self._config.resume_timeout):
+                return await self._back
+        except TimeoutError:
+            self._log.info("client did not come back")
+            self._wire.lost()
+            return None
+        finally:
+            self._back = None
+            self._idle.clear()
 
     def stop(self) -> None:
         """The server is going down: read no more, finish what was heard."""
         self._stopping = True
         self._stop_reading()
+        if self._back is not None and not self._back.done():
+            self._back.set_result(None)
 
     def abort(self) -> None:
         """Cut the connection."""
@@ -129,9 +211,12 @@ class Session:
         else:
             await self._close()
 
-    async def _serve(self) -> None:
+    async def _serve(self, arrival: _Arrival | None) -> bool:
         try:
-            await self._perform(self._wire.connected())
+            if arrival is None:
+                await self._perform(self._wire.connected())
+            else:
+                await self._resume(arrival.seq)
             self._reader = asyncio.create_task(self._read())
             if self._stopping or (self._writer is not None and self._writer.done()):
                 self._reader.cancel()
@@ -140,18 +225,38 @@ class Session:
                 self._writer.result()
             if not self._reader.cancelled():
                 self._reader.result()
+            if self._heir is not None:
+                return True
             if self._close_with is None:
                 # Reading ended by our wish: the server stops, or the client has been silent.
                 await self._perform(self._wire.end(None if self._stopping else self._too_long()))
                 if self._writer is not None:
                     await asyncio.wait([self._writer])
                     self._writer.result()
-            await self._close()
+            return await self._close()
         finally:
             tasks = [task for task in (self._reader, self._writer) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._reader = self._writer = None
+
+    async def _resume(self, seq: int) -> None:
+        """Tell a client that has come back where it stands, and go on."""
+        assert self._lane is not None, "a session that can be resumed has started"
+        assert self.token is not None, "a session that can be resumed has one"
+        self._log.info("client is back")
+        self._close_with = None
+        standing = Standing(
+            token=self.token, samples=self._lane.samples, finalizes=self._lane.finalizes
+        )
+        await self._perform(self._wire.resumed(standing, seq))
+        if self._close_with is None:
+            self._start_writing(self._lane)
+
+    def _start_writing(self, lane: Lane) -> None:
+        self._writer = asyncio.create_task(self._write(lane))
+        self._writer.add_done_callback(lambda _: self._stop_reading())
 
     def _stop_reading(self) -> None:
         if self._reader is not None:
@@ -182,7 +287,7 @@ class Session:
             self._overdue = whole.expired()  # if not, the client was silent
 
     async def _read_all(self) -> None:
-        while self._close_with is None:
+        while self._close_with is None and self._heir is None:
             async with asyncio.timeout(None if self._wire.draining else self._patience):
                 message = await self._socket.receive()
             self._spoken = True
@@ -204,6 +309,8 @@ class Session:
             match action:
                 case Open():
                     await self._start(action)
+                case Resume(token=token, seq=seq):
+                    self._heir = self._host.find(token, self.visitor), seq
                 case Audio(pcm=pcm):
                     assert self._lane is not None, "protocols start before they hear"
                     seconds = len(pcm) / self._sample_rate
@@ -240,8 +347,10 @@ class Session:
             self._recorder = await asyncio.to_thread(Recorder, self._config.record, self._id, start)
         self._sample_rate = start.sample_rate
         self._lane = self._host.batcher.add(stream, start.sample_rate)
-        self._writer = asyncio.create_task(self._write(self._lane))
-        self._writer.add_done_callback(lambda _: self._stop_reading())
+        self._start_writing(self._lane)
+        if self._wire.resumable:
+            self._lane.beats = True
+            self.token = self._host.keep(self)
         ready = Ready(
             session=self._id,
             bundle=recognizer.bundle.name,
@@ -250,14 +359,18 @@ class Session:
             latency_ms=stream.latency_ms,
             sample_rate=start.sample_rate,
             language=start.language or next(iter(recognizer.bundle.languages), None),
+            resume=None if self.token is None else Standing(token=self.token),
         )
         await self._perform(self._wire.ready(ready))
 
     async def _write(self, lane: Lane) -> None:
         while self._close_with is None:
-            for event, progress in await lane.events():
+            updates = await lane.events()
+            for event, _ in updates:
                 self._metrics.said(event, time.monotonic())
-                await self._perform(self._wire.event(event, progress))
+            # The protocol has them all before one is sent: it keeps what may have to be sent again.
+            for actions in [self._wire.event(*update) for update in updates]:
+                await self._perform(actions)
 
     async def _send(self, text: str) -> None:
         try:
@@ -266,7 +379,15 @@ class Session:
         except TimeoutError:
             raise _UnreadError from None
 
-    async def _close(self) -> None:
+    async def _cut(self) -> None:
+        """Say why, should the client read again soon, and cut the connection."""
+        reason = f"messages were left unread for {self._config.send_timeout:g} s"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._socket.close(POLICY_VIOLATION, reason)
+        self.abort()
+
+    async def _close(self) -> bool:
         close = self._close_with or Close()
         code = close.code
         if self._stopping and code == NORMAL_CLOSURE:
@@ -277,9 +398,10 @@ class Session:
         discard = asyncio.create_task(self._discard())
         try:
             async with asyncio.timeout(self._config.send_timeout):
-                await self._socket.close(code, reason)
+                return await self._socket.close(code, reason)
         except TimeoutError:
             self.abort()
+            return False
         finally:
             discard.cancel()
             await asyncio.wait([discard])
@@ -293,6 +415,15 @@ class Session:
 def _name_of(wire: WireSession) -> str:
     """The protocol's name for the metrics."""
     return type(wire).__name__.removesuffix("Session").lower()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A client that has come back."""
+
+    socket: Socket
+    seq: int
+    done: asyncio.Event  # the socket is not needed any more
 
 
 class _UnreadError(Exception):

@@ -43,7 +43,9 @@ class ServerConfig:
     it. metrics_token: who presents it as a bearer may read ``/metrics``, without one only this
     machine may. reuse_port: share the port with other processes (``SO_REUSEPORT``). idle_timeout:
     how long a client may say nothing. send_timeout: how long it may leave a message unread.
-    drain_timeout: how long sessions may take to finish when the server is stopped.
+    drain_timeout: how long sessions may take to finish when the server is stopped. resume_timeout:
+    how long a session that asked for it waits for its client after the connection was lost;
+    max_parked: how many wait at a time, beside max_sessions that are connected.
     """
 
     host: str = "127.0.0.1"
@@ -63,6 +65,8 @@ class ServerConfig:
     idle_timeout: float = 60.0
     send_timeout: float = 30.0
     drain_timeout: float = 10.0
+    resume_timeout: float = 60.0
+    max_parked: int = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,7 @@ class Host:
             local=web.is_loopback(self.config.host),
         )
         self.sessions: set[Session] = set()
+        self._by_token: dict[str, Session] = {}
         self.draining = False
 
     async def __aenter__(self) -> Host:
@@ -135,7 +140,7 @@ class Host:
 
     async def run(self, session: Session) -> None:
         """Serve a client until either side is done."""
-        if len(self.sessions) >= self.config.max_sessions:
+        if self.connected >= self.config.max_sessions:
             limit = self.config.max_sessions
             busy = WireError("busy", f"all {limit} sessions of this server are taken; try later")
             await session.fail(busy)
@@ -150,6 +155,36 @@ class Host:
             await session.fail(busy)
         finally:
             self.sessions.discard(session)
+
+    @property
+    def connected(self) -> int:
+        """How many sessions have a client just now."""
+        return sum(not session.parked for session in self.sessions)
+
+    def keep(self, session: Session) -> str:
+        """A new token that stands for the session, until `forget`."""
+        token = secrets.token_urlsafe(24)
+        self._by_token[token] = session
+        return token
+
+    def find(self, token: str, visitor: Visitor) -> Session:
+        """The session that the token stands for. Raises WireError."""
+        session = self._by_token.get(token)
+        # Whoever came with a key has to come back with it.
+        if session is None or session.visitor.key != visitor.key:
+            raise WireError("gone", "this session is over or was not kept; start a new one")
+        return session
+
+    def forget(self, session: Session) -> None:
+        """The session is over. Idempotent."""
+        if session.token is not None:
+            self._by_token.pop(session.token, None)
+            session.token = None
+
+    @property
+    def may_park(self) -> bool:
+        """Whether one more session may wait for its client."""
+        return len(self.sessions) - self.connected < self.config.max_parked
 
     def stop(self) -> None:
         """Take no more sessions, let those there are finish."""

@@ -6,6 +6,12 @@ One session is one WebSocket at ``/v1/stream``. The client sends ``start`` (text
 not final yet comes as a ``final``, and then, always, ``finalized``. Anything that goes wrong is one
 ``error`` message and then a close code.
 
+With ``"resume": true`` in ``start`` the session outlives its connection for a while. ``ready`` then
+has a secret ``token``, every event a number ``seq``, and messages say how many ``samples`` are
+safe. After ``resume`` (the token, and the last ``seq`` seen) on a new connection, ``ready`` says
+which sample is expected next, and the events that were missed follow. Of numbers that never come
+the events were partials that a newer one has replaced.
+
     NEW --start--> CONFIGURED --audio--> STREAMING --end--> DRAINING --ended--> CLOSED
                    --finalize-->   (both stay as they are)   (any live state) --error--> FAILED
 
@@ -46,6 +52,7 @@ Code = Literal[
     "flooded",
     "busy",
     "idle",
+    "gone",
     "session_limit",
     "internal",
 ]
@@ -62,6 +69,7 @@ CLOSE_CODES: Const[Mapping[Code, int]] = {
     "flooded": 1008,
     "busy": 1013,
     "idle": 1008,
+    "gone": 1008,
     "session_limit": 1008,
     "internal": 1011,
 }
@@ -144,11 +152,27 @@ class Start:
     right_context_ms: float | None = None
     blank_penalty: float | None = None
     lm_weight: float | None = None
+    resume: bool | None = None  # keep the session for a while if the connection is lost
 
     def encode(self) -> str:
         """The message as the client sends it."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         return json.dumps({"type": "start", **fields})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """The first message on a new connection: go on with the session that `token` stands for.
+
+    seq is the number of the last event that the client has.
+    """
+
+    token: str
+    seq: int = 0
+
+    def encode(self) -> str:
+        """The message as the client sends it."""
+        return json.dumps({"type": "resume", **dataclasses.asdict(self)})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,14 +194,31 @@ class End:
 
 FINALIZE: Const = '{"type": "finalize"}'
 END: Const = '{"type": "end"}'
-Command = Start | Audio | Finalize | End
+Command = Start | Resume | Audio | Finalize | End
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a session stands that can be resumed, and the token that stands for it.
+
+    Attributes:
+        samples: that the server has, counted from the start: the next one belongs behind them.
+        finalizes: how many `finalize` it has.
+        ended: it has `end`.
+    """
+
+    token: str
+    samples: int = 0
+    finalizes: int = 0
+    ended: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The server's answer to `Start`: what it chose. latency_ms is chunk plus right context.
 
-    language is the one that is heard (None from a server of before it was named).
+    language is the one that is heard (None from a server of before it was named). resume is there
+    if the session can be resumed, and comes again with every connection.
     """
 
     session: str
@@ -187,6 +228,7 @@ class Ready:
     latency_ms: float
     sample_rate: int
     language: str | None = None
+    resume: Standing | None = None
     protocol: int = VERSION
 
 
@@ -197,12 +239,15 @@ class Progress:
     Attributes:
         lag: seconds that wait, the chunk that is not whole yet among them.
         lagging: more waits than that chunk explains; partials may be left out until it is less.
+        samples: that the recogniser has, at the client's rate: a client that may have to resume
+            can forget the audio before.
     """
 
     received: float
     processed: float
     lag: float = 0.0
     lagging: bool = False
+    samples: int = 0
 
 
 class ServerProtocol:
@@ -241,6 +286,9 @@ class ServerProtocol:
                 start = _parse_start(fields, self._languages)
                 self._dtype = _DTYPES[start.encoding]
                 return start
+            case "resume":
+                self._signal(Signal.START)
+                return _parse_resume(fields)
             case "finalize":
                 self._signal(Signal.FINALIZE)
                 return Finalize()
@@ -255,15 +303,19 @@ class ServerProtocol:
                 )
 
     def ready(self, ready: Ready) -> str:
-        """The answer to a `Start`."""
-        return json.dumps({"type": "ready", **dataclasses.asdict(ready)})
+        """The answer to a `Start`, or to a `Resume`: the next packet begins with a whole sample."""
+        self._carry = b""
+        fields = dataclasses.asdict(ready)
+        if ready.resume is None:
+            del fields["resume"]
+        return json.dumps({"type": "ready", **fields})
 
-    def event(self, event: Event, progress: Progress) -> str:
+    def event(self, event: Event, progress: Progress, seq: int | None = None) -> str:
         """One event of the recogniser as a message. `Ended` closes the session."""
         if isinstance(event, Ended):
             self._signal(Signal.ENDED)
             event = dataclasses.replace(event, reason=self._end_reason)
-        return encode_event(event, progress)
+        return encode_event(event, progress, seq)
 
     def end(self, reason: EndReason) -> None:
         """The server ends the session itself, as though the client had; `ended` says why."""
@@ -343,6 +395,7 @@ _KINDS: Const[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "right_context_ms": ("a number (milliseconds)", (int, float)),
     "blank_penalty": ("a number", (int, float)),
     "lm_weight": ("a number", (int, float)),
+    "resume": ("true or false", (bool,)),
 }
 
 
@@ -359,7 +412,7 @@ def _parse_start(fields: dict[str, Any], languages: Collection[str] | None) -> S
     for name, value in fields.items():
         expected, kinds = _KINDS[name]
         # bool is an int in Python, but `true` is no number on the wire.
-        if isinstance(value, bool) or not isinstance(value, kinds):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise WireError("bad_config", f"got {name} = {value!r}, expected {expected}")
     start = Start(**fields)
     if start.encoding not in _DTYPES:
@@ -375,35 +428,68 @@ def _parse_start(fields: dict[str, Any], languages: Collection[str] | None) -> S
     return start
 
 
-def encode_event(event: Event, progress: Progress) -> str:
-    """An event as the server sends it."""
+def _parse_resume(fields: dict[str, Any]) -> Resume:
+    token, seq = fields.get("token"), fields.get("seq", 0)
+    if not isinstance(token, str) or not isinstance(seq, int) or not 0 <= seq < 2**53:
+        raise WireError(
+            "bad_config", 'resume needs "token", as ready gave it, and "seq", a number of an event'
+        )
+    return Resume(token=token, seq=seq)
+
+
+def encode_event(event: Event, progress: Progress, seq: int | None = None) -> str:
+    """An event as the server sends it; `seq` is its number if the session can be resumed."""
     fields = dataclasses.asdict(event)
-    if isinstance(event, Ended):
-        return json.dumps({"type": "ended", **fields})
-    kind = type(event).__name__.lower()
-    return json.dumps({"type": kind, **fields, **dataclasses.asdict(progress)})
+    if not isinstance(event, Ended):
+        fields |= dataclasses.asdict(progress)
+        if seq is None:
+            del fields["samples"]  # nobody is going to send them again
+    if seq is not None:
+        fields["seq"] = seq
+    return json.dumps({"type": type(event).__name__.lower(), **fields})
+
+
+def encode_progress(progress: Progress) -> str:
+    """How far the server is, where no event says so."""
+    return json.dumps({"type": "progress", **dataclasses.asdict(progress)})
 
 
 def decode_message(text: str) -> tuple[Ready | Event, Progress | None]:
     """A server's message, for clients. Raises WireError for an `error` and for anything unknown."""
+    message, progress, _ = decode_numbered(text)
+    if message is None:
+        raise WireError("bad_type", "got a progress message, which only resumable sessions have")
+    return message, progress
+
+
+def decode_numbered(text: str) -> tuple[Ready | Event | None, Progress | None, int | None]:
+    """Likewise, in a session that can be resumed: message, progress and number; each may be None.
+
+    Without a message it is only progress that is told.
+    """
     fields = _json_object(text)
     kind = fields.pop("type", None)
     if kind == "error":
         known = [code for code in CLOSE_CODES if code == fields.get("code")]
         raise WireError(known[0] if known else "internal", str(fields.get("message")))
     try:
+        seq = fields.get("seq")
         if kind == "ready":
-            return _build(Ready, fields), None
+            if (standing := fields.get("resume")) is not None:
+                fields["resume"] = _build(Standing, standing)
+            return _build(Ready, fields), None, None
+        if kind == "progress":
+            return None, _build(Progress, fields), None
         if kind == "ended":
-            return _build(Ended, fields), None
+            return _build(Ended, fields), None, seq
         if kind == "finalized":
-            return _build(Finalized, fields), _build(Progress, fields)
+            return _build(Finalized, fields), _build(Progress, fields), seq
         if kind in ("partial", "final"):
             fields["words"] = tuple(_build(Word, word) for word in fields["words"])
             progress = _build(Progress, fields)
             if kind == "partial":
-                return _build(Partial, fields), progress
-            return _build(Final, fields), progress
+                return _build(Partial, fields), progress, seq
+            return _build(Final, fields), progress, seq
     except (TypeError, KeyError) as exc:
         raise WireError("bad_type", f"got a {kind!r} message that does not fit: {exc}") from exc
     raise WireError("bad_type", f"got a message of unknown type {kind!r} from the server")

@@ -190,9 +190,10 @@ class _Socket:
         except ConnectionClosed as exc:
             raise Gone(str(exc)) from exc
 
-    async def close(self, code: int, reason: str) -> None:
+    async def close(self, code: int, reason: str) -> bool:
         if not self._gone:
             await self._connection.close(code, reason)
+        return self._connection.protocol.close_rcvd is not None
 
     def abort(self) -> None:
         if not self._gone:

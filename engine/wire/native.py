@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
 from collections.abc import Mapping
 
-from loquent.engine.batcher import Marked
-from loquent.engine.events import Ended, EndReason, Event
+from loquent.engine.batcher import Beat, Marked
+from loquent.engine.events import Ended, EndReason, Event, Partial
 from loquent.engine.protocol import (
     SUBPROTOCOL,
     Code,
@@ -13,10 +15,12 @@ from loquent.engine.protocol import (
     Progress,
     Ready,
     ServerProtocol,
+    Standing,
     Start,
     State,
     WireError,
     as_wire_error,
+    encode_progress,
 )
 from loquent.engine.wire.session import (
     Actions,
@@ -31,11 +35,20 @@ from loquent.engine.wire.session import (
 _REASONS: Mapping[Code, EndReason] = {"idle": "idle", "session_limit": "session_limit"}
 
 
+# Numbered messages kept for a client that may have missed them; partials are not among them, but
+# for the last. At an utterance every two seconds they reach back for two minutes.
+MAX_LOG = 64
+
+
 class NativeSession(WireSession):
     """A session at ``/v1/stream``."""
 
     def __init__(self, handshake: Handshake, context: Context) -> None:
         self._protocol = ServerProtocol(languages=context.languages)
+        self._ready: Ready | None = None
+        self._log: deque[tuple[int, str]] = deque(maxlen=MAX_LOG)
+        self._last_is_partial = False
+        self._seq = 0
         # Naming the subprotocol is optional, and one that we do not know is no reason to refuse.
         self.subprotocol = SUBPROTOCOL if SUBPROTOCOL in handshake.subprotocols else None
 
@@ -52,17 +65,46 @@ class NativeSession(WireSession):
     def receive(self, message: str | bytes) -> Actions:
         """One message is one command."""
         command = self._protocol.receive(message)
-        return [Open(start=command) if isinstance(command, Start) else command]
+        if isinstance(command, Start):
+            self.resumable = bool(command.resume)
+            return [Open(start=command)]
+        return [command]
 
     def ready(self, ready: Ready) -> Actions:
         """``ready``."""
+        self._ready = ready
         return [Send(text=self._protocol.ready(ready))]
+
+    def resumed(self, standing: Standing, seq: int) -> Actions:
+        """``ready`` again, and what the client has missed."""
+        assert self._ready is not None, "resumable from then on"
+        if seq > self._seq or (len(self._log) == MAX_LOG and seq < self._log[0][0] - 1):
+            raise WireError("gone", f"events behind number {seq} are not kept; start anew")
+        ended = self._protocol.state in (State.DRAINING, State.CLOSED)
+        standing = dataclasses.replace(standing, ended=ended)
+        ready = dataclasses.replace(self._ready, resume=standing)
+        said = [Send(text=self._protocol.ready(ready))]
+        said += [Send(text=text) for number, text in self._log if number > seq]
+        return [*said, Close()] if self._protocol.state is State.CLOSED else said
 
     def event(self, event: Event | Marked, progress: Progress) -> Actions:
         """One event is one message; `Ended` closes."""
+        if isinstance(event, Beat):
+            return [Send(text=encode_progress(progress))]
         assert not isinstance(event, Marked), "nothing here asks for marks"
-        said = Send(text=self._protocol.event(event, progress))
+        said = Send(text=self._number(event, progress))
         return [said, Close()] if isinstance(event, Ended) else [said]
+
+    def _number(self, event: Event, progress: Progress) -> str:
+        if not self.resumable:
+            return self._protocol.event(event, progress)
+        self._seq += 1
+        text = self._protocol.event(event, progress, self._seq)
+        if self._last_is_partial:
+            self._log.pop()  # the new one says all of it, or settles it
+        self._log.append((self._seq, text))
+        self._last_is_partial = isinstance(event, Partial)
+        return text
 
     def end(self, reason: WireError | None) -> Actions:
         """Finish what was heard; ``ended`` then names the reason."""

@@ -21,7 +21,17 @@ from urllib.parse import parse_qs, urlsplit
 from loquent.engine.batcher import Marked
 from loquent.engine.endpoint import EndpointRules
 from loquent.engine.events import Event
-from loquent.engine.protocol import Audio, End, Finalize, Progress, Ready, Start, WireError
+from loquent.engine.protocol import (
+    Audio,
+    End,
+    Finalize,
+    Progress,
+    Ready,
+    Resume,
+    Standing,
+    Start,
+    WireError,
+)
 from loquent.engine.recognizer import DEFAULT_ENDPOINT
 from loquent.engine.wire.strict_json import parse_object
 
@@ -56,7 +66,7 @@ class Open:
     endpoint: EndpointRules | None = DEFAULT_ENDPOINT
 
 
-Action = Send | Close | Open | Audio | Mark | Finalize | End
+Action = Send | Close | Open | Resume | Audio | Mark | Finalize | End
 Actions = Sequence[Action]
 
 
@@ -152,9 +162,12 @@ class WireSession(ABC):
         subprotocol: the one to accept, if any.
         headers: to be added to the answer to the handshake.
         patience: seconds that a client may say nothing, None for the server's own limit.
+        resumable: the session waits for its client if the connection is lost; the driver then
+            calls `resumed` in place of `lost`.
     """
 
     state: str = "new"
+    resumable: bool = False
     subprotocol: str | None = None
     headers: Mapping[str, str] = {}
     patience: ClassVar[float | None] = None
@@ -175,6 +188,13 @@ class WireSession(ABC):
     def ready(self, ready: Ready) -> Actions:
         """`Open` was carried out: what the server chose."""
         return ()
+
+    def resumed(self, standing: Standing, seq: int) -> Actions:
+        """The client is back, on another connection, and has events up to number `seq`.
+
+        Raises WireError if that is too long ago.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def event(self, event: Event | Marked, progress: Progress) -> Actions:

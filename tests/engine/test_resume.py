@@ -1,0 +1,232 @@
+"""A session whose connection is cut, anywhere and often, says what an undisturbed one says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from loquent.clients.client import Session, UnreachableError, connect
+from loquent.engine.events import Ended, Event, Final, Finalized, Partial
+from loquent.engine.protocol import Resume, Start, WireError
+from loquent.engine.recognizer import Recognizer
+from loquent.engine.server import Server, ServerConfig
+
+Float32 = NDArray[np.float32]
+Speak = Callable[..., Float32]
+Run = Callable[..., list[Event]]
+
+SPEECH = [(1 + i % 8, 0.2) for i in range(12)] + [(0, 1.2)] + [(1 + i % 7, 0.2) for i in range(10)]
+
+
+@dataclass
+class Wire:
+    """A TCP proxy that cuts connections after so many bytes in one direction or the other."""
+
+    target: int
+    cuts: list[tuple[str, int]]
+    port: int = 0
+    connections: int = 0
+    pairs: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        direction, budget = self.cuts.pop(0) if self.cuts else ("", 0)
+        there = await asyncio.open_connection("127.0.0.1", self.target)
+        self.pairs += [writer, there[1]]
+        up = self._copy(reader, there[1], budget if direction == "up" else None)
+        down = self._copy(there[0], writer, budget if direction == "down" else None)
+        tasks = [asyncio.create_task(up), asyncio.create_task(down)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for end in (writer, there[1]):
+            end.transport.abort()
+
+    @staticmethod
+    async def _copy(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, budget: int | None
+    ) -> None:
+        with contextlib.suppress(ConnectionError):
+            while budget is None or budget > 0:
+                data = await reader.read(4096)
+                if not data:
+                    return
+                if budget is not None:
+                    data = data[:budget]  # in the middle of a frame, as a dead link does
+                    budget -= len(data)
+                writer.write(data)
+                await writer.drain()
+
+
+@asynccontextmanager
+async def proxy(server: Server, cuts: list[tuple[str, int]]) -> AsyncIterator[Wire]:
+    wire = Wire(server.port, cuts)
+    listening = await asyncio.start_server(wire.serve, "127.0.0.1", 0)
+    wire.port = listening.sockets[0].getsockname()[1]
+    try:
+        yield wire
+    finally:
+        for writer in wire.pairs:
+            writer.transport.abort()
+        listening.close()
+        await listening.wait_closed()
+
+
+@asynccontextmanager
+async def serving(recognizer: Recognizer, **config: Any) -> AsyncIterator[Server]:
+    async with Server(recognizer, ServerConfig(port=0, **config)) as server:
+        yield server
+
+
+async def say(session: Session, pcm: Float32, packets: list[int], finalize_at: int) -> None:
+    at = turn = 0
+    while at < len(pcm):
+        size = packets[turn % len(packets)]
+        await session.send(np.round(pcm[at : at + size] * 32767).astype("<i2"))
+        if at < finalize_at <= at + size:
+            await session.finalize()
+        at, turn = at + size, turn + 1
+        await asyncio.sleep(0.0005)
+    await session.end()
+
+
+def settled(events: list[Event]) -> list[Event]:
+    return [event for event in events if not isinstance(event, Partial)]
+
+
+async def transcript(
+    server_port: int, pcm: Float32, packets: list[int], finalize_at: int = 0, **start: Any
+) -> tuple[list[Event], Session]:
+    url = f"ws://127.0.0.1:{server_port}/v1/stream"
+    events = []
+    async with asyncio.timeout(30), connect(url, Start(sample_rate=16000, **start)) as session:
+        speaker = asyncio.create_task(say(session, pcm, packets, finalize_at))
+        events = [event async for event in session]
+        await speaker
+    return events, session
+
+
+async def come_back(url: str, token: str) -> Session:
+    session = Session(url, Start(sample_rate=16000), 5.0)
+    await session._open(Resume(token=token).encode())
+    return session
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_cut_anywhere_the_transcript_is_the_same(
+    tiny: Recognizer, tones: Speak, seed: int
+) -> None:
+    rng = random.Random(seed)
+    pcm = tones(SPEECH)
+    packets = [rng.randrange(1, 4000) for _ in range(20)]
+    finalize_at = rng.randrange(len(pcm)) if seed % 2 else 0
+    start = {"chunk_ms": rng.choice([80, 160, 320]), "decoder": rng.choice(["rnnt", "ctc"])}
+    cuts = [
+        (way, rng.randrange(600, 40000 if way == "up" else 5000))
+        for way in (rng.choice(["up", "down"]) for _ in range(rng.randrange(1, 8)))
+    ]
+    count = len(cuts)
+    async with serving(tiny) as server:
+        whole, _ = await transcript(server.port, pcm, packets, finalize_at, **start)
+        assert sum(isinstance(event, Final) for event in whole) >= 2
+        assert any(isinstance(event, Finalized) for event in whole) == bool(finalize_at)
+        async with proxy(server, cuts) as wire:
+            events, session = await transcript(
+                wire.port, pcm, packets, finalize_at, resume=True, **start
+            )
+        assert settled(events) == settled(whole)
+        if not cuts:
+            assert session.connections > 1
+        assert session.connections <= 1 + count
+        for _ in range(200):
+            if not server.sessions and not server.batcher.lanes:
+                break
+            await asyncio.sleep(0.01)
+        assert not server.sessions
+        assert not server.batcher.lanes
+
+
+async def test_nothing_is_sent_twice_when_the_end_is_lost(tiny: Recognizer, tones: Speak) -> None:
+    """Cut just before the last message: `ended` comes again, and the finals before it do not."""
+    pcm = tones(SPEECH)
+    async with serving(tiny) as server:
+        url = f"ws://127.0.0.1:{server.port}/v1/stream"
+        async with connect(url, Start(sample_rate=16000, resume=True)) as session:
+            await say(session, pcm, [1600], 0)
+            events = []
+            async for event in session:
+                events.append(event)
+                if isinstance(event, Final) and session.connections == 1:
+                    session._connection.transport.abort()
+        assert isinstance(events[-1], Ended)
+        assert [event.segment for event in events if isinstance(event, Final)] == [0, 1]
+
+
+async def test_a_token_is_good_for_its_own_session_only(tiny: Recognizer) -> None:
+    async with serving(tiny, resume_timeout=0.2) as server:
+        url = f"ws://127.0.0.1:{server.port}/v1/stream"
+        async with connect(url, Start(sample_rate=16000)) as plain:
+            assert plain.ready.resume is None
+        with pytest.raises(WireError, match="not kept") as refused:
+            await come_back(url, "guess")
+        assert refused.value.code == "gone"
+        async with connect(url, Start(sample_rate=16000, resume=True)) as session:
+            assert session.ready.resume is not None
+            assert len(session.ready.resume.token) >= 32
+            assert session.ready.resume.token != session.ready.session
+            # The client stays away for longer than it is waited for.
+            session._start = Start(sample_rate=16000)
+            session._connection.transport.abort()
+            with pytest.raises(UnreachableError):
+                _ = [event async for event in session]
+        for _ in range(300):
+            if not server.sessions:
+                break
+            await asyncio.sleep(0.01)
+        assert not server.sessions
+        with pytest.raises(WireError, match="not kept"):
+            await come_back(url, session.ready.resume.token)
+
+
+async def test_waiting_sessions_are_bounded_and_take_no_place(tiny: Recognizer) -> None:
+    async with serving(tiny, max_sessions=2, max_parked=1) as server:
+        url = f"ws://127.0.0.1:{server.port}/v1/stream"
+        sessions = []
+        for _ in range(2):
+            session = Session(url, Start(sample_rate=16000, resume=True), 5.0)
+            await session.open()
+            sessions.append(session)
+        for session in sessions:
+            session._connection.transport.abort()
+        for _ in range(300):
+            if server.host.connected == 0:
+                break
+            await asyncio.sleep(0.01)
+        assert (server.host.connected, server.sessions) == (0, 1)
+        async with connect(url, Start(sample_rate=16000)), connect(url, Start(sample_rate=16000)):
+            assert server.host.connected == 2
+
+
+async def test_silence_is_confirmed_too(tiny: Recognizer) -> None:
+    """Where nothing is said no event says how far the server is, but progress does."""
+    async with serving(tiny) as server:
+        url = f"ws://127.0.0.1:{server.port}/v1/stream"
+        async with connect(url, Start(sample_rate=16000, resume=True)) as session:
+            for _ in range(100):
+                await session.send(np.zeros(1600, np.int16))
+            async with asyncio.timeout(20):
+                while session.progress.samples < 8 * 16000:
+                    await asyncio.sleep(0.01)
+            assert sum(len(data) for _, data in session._kept) <= 2 * 2 * 16000 + 3200
+            await session.end()
+            assert [type(event) async for event in session] == [Ended]
