@@ -76,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
         help="processes that share the port, each with its own model and limits; one that dies is "
         "started again (Linux only; default: 1)",
     )
+    add(
+        "--bare",
+        choices=["vosk", "sherpa"],
+        default=default.bare,
+        help="whose protocol a WebSocket at / speaks, as the clients of both go there "
+        f"(default: {default.bare}; /vosk and /sherpa speak theirs in any case)",
+    )
     add("--record", type=Path, metavar="DIR", help="keep what every client sends as DIR/*.wav")
     add_model_options(parser)
     add_device_option(parser)
@@ -217,6 +224,7 @@ def server_config(options: argparse.Namespace) -> ServerConfig:
         max_sessions=options.max_sessions,
         page=files("loquent.clients") / "web",
         record=options.record,
+        bare=options.bare,
         allow_origins=frozenset(options.allow_origin),
         keys=load_keys(options),
         limits=Limits(

@@ -83,7 +83,11 @@ class Options:
             )
         interim = _flag(query, "interim_results")
         utterance_end = _number(query, "utterance_end_ms", 0, 0, 60_000) / 1000
-        unused = {name for name in query if name not in _USED | _HARMLESS}
+        unused = {
+            name
+            for name, values in query.items()
+            if name not in _USED | _HARMLESS and set(values) != {"false"}
+        }
         if utterance_end and not interim:
             raise ValueError("utterance_end_ms needs interim_results=true")
         return cls(

@@ -41,6 +41,16 @@ def tones() -> Callable[..., Float32]:
 
 
 @pytest.fixture(scope="session")
+def english(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same bundle under the language that most clients ask for."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["languages"] = {"en": "default"}
+
+    return str(_tiny().write_bundle(tmp_path_factory.mktemp("bundles") / "en", change=change))
+
+
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a bundle that hears tones."""
     return str(_tiny().write_bundle(tmp_path_factory.mktemp("bundles") / "tiny"))
