@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
     from loquent.engine.features import Fbank, FeatureSpec
+    from loquent.engine.hotwords import Hotword
     from loquent.engine.recognizer import Recognizer
     from loquent.engine.stream import Stream
 
@@ -42,6 +43,7 @@ __all__ = [
     "FeatureSpec",
     "Final",
     "Finalized",
+    "Hotword",
     "LoquentError",
     "MissingExtra",
     "Partial",
@@ -69,6 +71,7 @@ _MODULES = {
     ),
     "events": ("Ended", "Event", "Final", "Finalized", "Partial", "Word"),
     "features": ("Fbank", "FeatureSpec"),
+    "hotwords": ("Hotword",),
     "recognizer": ("Recognizer",),
     "stream": ("Stream",),
 }

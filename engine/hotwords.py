@@ -29,6 +29,8 @@ DEFAULT_BOOST = 1.5
 MAX_BOOST = 10.0
 MAX_PHRASES = 5000
 MAX_CHARACTERS = 100
+# How much of the bias a phrase's first token gets where nothing can be taken back.
+FIRST = np.float32(0.3)
 _MEMORY = 2048  # states whose bias is kept; a kilobyte or two each
 # What normalising may drop without changing how a phrase is said.
 _SILENT = frozenset(".,;:!?…\"“”„«»()[]¿¡-‐‑–—_/'’‘ʼ`")
@@ -139,6 +141,7 @@ class HotwordGraph:
         self.words = frozenset(words)
         self._link()
         self._memo: dict[HotwordState, Float32] = {}
+        self._leans: dict[HotwordState, Float32] = {}
         self._root = np.zeros(len(pieces), np.float32)
         for token in range(len(pieces)):
             self._root[token] = self.step(self.start, token)[0]
@@ -169,6 +172,18 @@ class HotwordGraph:
             if len(self._memo) >= _MEMORY:
                 self._memo = {self.start: self._root}
             found = self._memo[state] = self._bias(state)
+        return found
+
+    def lean(self, state: HotwordState) -> Float32:
+        """The bias (V,) for a search that cannot go back. Not to be written to."""
+        found = self._leans.get(state)
+        if found is None:
+            if len(self._leans) >= _MEMORY:
+                self._leans = {}
+            found = np.maximum(self.bias(state), 0)
+            if not state.node:
+                found *= FIRST
+            self._leans[state] = found
         return found
 
     def finish(self, state: HotwordState) -> float:

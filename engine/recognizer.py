@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from loquent.engine.encoder import OnnxEncoder
 from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Final
+from loquent.engine.hotwords import Hotword, HotwordGraph
 from loquent.engine.session import Device, Slot, stack, unstack
 from loquent.engine.stream import Stream, as_float32
 from loquent.engine.vad import SAMPLE_RATE as VAD_RATE
@@ -51,6 +52,10 @@ class Recognizer:
         self._start = Slot(self._encoder.initial, 0, 1)
         self._threads = threads
         self._decoders = Decoders(bundle, threads=threads, device=device)
+        # Sessions with the same list share its automaton.
+        self._graphs = lru_cache(maxsize=16)(
+            lambda hotwords: HotwordGraph(hotwords, bundle.tokens, bundle.blank)
+        )
 
     @cached_property
     def _vad(self) -> SileroVad:
@@ -83,6 +88,7 @@ class Recognizer:
         vad: Vad | None = None,
         blank_penalty: float | None = None,
         lm_weight: float | None = None,
+        hotwords: Sequence[Hotword] = (),
     ) -> Stream:
         """A new stream.
 
@@ -98,6 +104,7 @@ class Recognizer:
                 the endpoint rules, whatever the decoder makes of it.
             blank_penalty: above 0 brings more words, below 0 fewer; the bundle's if None.
             lm_weight: of the language model in a beam search, 0 for none; the bundle's if None.
+            hotwords: phrases to expect; ``Stream.set_hotwords`` changes them.
 
         Raises:
             ConfigError: a value that the bundle does not allow.
@@ -120,7 +127,9 @@ class Recognizer:
         if vad:
             _ = self._vad  # an error now, not in the first step
         hop = bundle.features.hop * bundle.encoder.subsampling
-        settings = Settings(blank_penalty=blank_penalty, lm_weight=lm_weight)
+        settings = Settings(
+            blank_penalty=blank_penalty, lm_weight=lm_weight, hotwords=self.hotwords(hotwords)
+        )
         return Stream(
             bundle,
             sample_rate=sample_rate,
@@ -131,7 +140,16 @@ class Recognizer:
             encoder_state=self._start,
             search=self._decoders[decoder].start(settings),
             voice=Voice(hop) if vad else None,
+            hotwords=self.hotwords,
         )
+
+    def hotwords(self, hotwords: Sequence[Hotword]) -> HotwordGraph | None:
+        """What a stream makes of its hotwords; the last lists are kept. For any thread.
+
+        Raises:
+            ConfigError: too many, or one that the model cannot spell.
+        """
+        return self._graphs(tuple(hotwords)) if hotwords else None
 
     def step(self, streams: Iterable[Stream]) -> None:
         """Advance every stream that is ready by one chunk; their events then wait in them.

@@ -16,8 +16,9 @@ has said already are not said again.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from loquent.engine.endpoint import Endpointer, EndpointRules
 from loquent.engine.errors import AudioError, BufferFull, ConfigError, StreamClosed
 from loquent.engine.events import Event
 from loquent.engine.features import Fbank
+from loquent.engine.hotwords import Hotword, HotwordGraph
 from loquent.engine.resample import Resampler
 from loquent.engine.ring import Ring
 from loquent.engine.session import Slot
@@ -92,6 +94,7 @@ class Stream:
         encoder_state: Slot,
         search: Search,
         voice: Voice | None,
+        hotwords: Callable[[Sequence[Hotword]], HotwordGraph | None],
     ) -> None:
         if not MIN_RATE <= sample_rate <= MAX_RATE:
             raise ConfigError(
@@ -107,6 +110,7 @@ class Stream:
         self.encoder_state = encoder_state
         self.search = search
         self.voice = voice
+        self._hotwords = hotwords
         self.transcript = Transcript(
             bundle.tokens,
             bundle.frame_seconds,
@@ -221,6 +225,17 @@ class Stream:
         self._marks.append(
             _Mark(head=self._ring.head, position=self.received, rest=self._resampler.rest())
         )
+
+    def set_hotwords(self, hotwords: Sequence[Hotword]) -> None:
+        """Lean towards these phrases instead, from the next chunk on; none for no leaning.
+
+        Raises:
+            ConfigError: too many, or one that the model cannot spell. Nothing was changed.
+        """
+        graph = self._hotwords(hotwords)
+        self.search = self.search.biased(graph)
+        if self._trunk:
+            self._trunk = replace(self._trunk, search=self._trunk.search.biased(graph))
 
     def events(self) -> list[Event]:
         """What happened since the last call, in order."""

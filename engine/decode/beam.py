@@ -26,6 +26,7 @@ from loquent.engine.decode import Frame, Token
 from loquent.engine.decode.decoder import Job, Settings
 from loquent.engine.decode.fusion import Fusion, Words
 from loquent.engine.decode.transducer import Context, Transducer, log_softmax
+from loquent.engine.hotwords import HotwordGraph
 
 Float32 = NDArray[np.float32]
 _NEVER = -math.inf
@@ -75,6 +76,12 @@ class Hypothesis:
         other.longer = self.longer
         return other
 
+    def reworded(self, words: Words) -> Hypothesis:
+        """The same with another view of its words."""
+        other = self.settled(0)
+        other.words = words
+        return other
+
     def settled(self, count: int) -> Hypothesis:
         """The same after its first ``count`` tokens have been given out."""
         return Hypothesis(
@@ -109,6 +116,13 @@ class BeamState:
     def pending(self) -> tuple[Token, ...]:
         """The best hypothesis beyond what was given out."""
         return self.best().tokens
+
+    def biased(self, hotwords: HotwordGraph | None) -> BeamState:
+        """With other hotwords from here on."""
+        fusion = self.fusion.biased(hotwords)
+        before = self.fusion.hotwords
+        found = tuple(h.reworded(fusion.rebiased(h.words, before)) for h in self.hypotheses)
+        return replace(self, fusion=fusion, hypotheses=found)
 
     def flush(self) -> tuple[Token, ...]:
         """The best hypothesis, its last word being over."""
@@ -145,6 +159,7 @@ class BeamSearch:
     def start(self, settings: Settings) -> BeamState:
         """The search of a new stream."""
         fusion = self._fusion.adjusted(settings.lm_weight, settings.blank_penalty)
+        fusion = fusion.biased(settings.hotwords)
         return BeamState(fusion, self.share, (self.root(fusion),))
 
     def root(self, fusion: Fusion) -> Hypothesis:
@@ -258,6 +273,8 @@ class _Beam:
         value = both + np.array([total - top for total in totals], np.float32)[:, None]
         if self.own:
             value -= self._mine
+        if hotwords := self._state.fusion.hotwords:
+            value += np.stack([hotwords.bias(h.words.hot) for h in self.hypotheses])
         floor = float(value.max()) - self._rules.margin
         value[:, blank] = _NEVER
         flat = np.flatnonzero(value > floor)

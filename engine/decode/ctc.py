@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from loquent.engine.decode import Frame, Token
 from loquent.engine.decode.decoder import Job, Settings
+from loquent.engine.decode.leaning import Leaning
+from loquent.engine.hotwords import HotwordGraph
 
 Float32 = NDArray[np.float32]
 
@@ -25,11 +27,16 @@ class CtcState:
 
     blank_penalty: float
     last: int = -1
+    leaning: Leaning | None = None
 
     @property
     def pending(self) -> tuple[Token, ...]:
         """Nothing: what is said stays."""
         return ()
+
+    def biased(self, hotwords: HotwordGraph | None) -> CtcState:
+        """With other hotwords from here on."""
+        return replace(self, leaning=Leaning.towards(hotwords))
 
     def flush(self) -> tuple[Token, ...]:
         """Nothing."""
@@ -48,18 +55,21 @@ class CtcGreedy:
 
     def start(self, settings: Settings) -> CtcState:
         """The search of a new stream."""
-        return CtcState(settings.blank_penalty or 0.0)
+        leaning = Leaning.towards(settings.hotwords)
+        return CtcState(settings.blank_penalty or 0.0, leaning=leaning)
 
     def decode(self, jobs: Sequence[Job]) -> list[tuple[list[Frame], CtcState]]:
         """See :class:`~loquent.engine.decode.decoder.Decoder`."""
-        return [self._stream(job.search, job.frames["ctc"], job.first) for job in jobs]
+        return [self._stream(job) for job in jobs]
 
-    def _stream(
-        self, state: CtcState, log_probs: Float32, first: int
-    ) -> tuple[list[Frame], CtcState]:
+    def _stream(self, job: Job) -> tuple[list[Frame], CtcState]:
+        state: CtcState = job.search
+        log_probs, first = job.frames["ctc"], job.first
         if state.blank_penalty:
             log_probs = log_probs.copy()
             log_probs[:, self._blank] -= state.blank_penalty
+        if state.leaning:
+            return self._lean(state, state.leaning, log_probs, job)
         frames = []
         last = state.last
         best = log_probs.argmax(axis=1).tolist()
@@ -70,3 +80,26 @@ class CtcGreedy:
             frames.append(Frame(index, tokens, token != self._blank))
             last = token
         return frames, replace(state, last=last)
+
+    def _lean(
+        self, state: CtcState, leaning: Leaning, log_probs: Float32, job: Job
+    ) -> tuple[list[Frame], CtcState]:
+        """The same towards hotwords: what the last token was decides what the next one gets."""
+        frames = []
+        last = state.last
+        for number, row in enumerate(log_probs, job.first):
+            leant = row + leaning.bias
+            if last not in (-1, self._blank):
+                leant[last] = row[last]  # held, not said again
+            token = int(leant.argmax())
+            new = token not in (self._blank, last)
+            tokens = (Token(token, number, float(row[token])),) if new else ()
+            if new:
+                leaning = leaning.after(token)
+            frame = Frame(number, tokens, token != self._blank)
+            frames.append(frame)
+            if job.endpointer.accept(frame) == "endpoint":
+                job.endpointer.restart(None)
+                leaning = leaning.restart()
+            last = token
+        return frames, replace(state, last=last, leaning=leaning)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from loquent.engine.decode import Frame, Token
 from loquent.engine.decode.fusion import check_weight
 from loquent.engine.endpoint import Endpointer
+from loquent.engine.hotwords import HotwordGraph
 
 Float32 = NDArray[np.float32]
 
@@ -28,6 +29,7 @@ class Settings:
         blank_penalty: taken off the natural logarithm of blank's probability in every frame:
             above 0 brings more words, below 0 fewer.
         lm_weight: of the word language model; 0 searches without it.
+        hotwords: phrases to lean towards.
 
     Raises:
         ConfigError: not a number, or a weight below 0.
@@ -35,6 +37,7 @@ class Settings:
 
     blank_penalty: float | None = None
     lm_weight: float | None = None
+    hotwords: HotwordGraph | None = None
 
     def __post_init__(self) -> None:
         for name in ("blank_penalty", "lm_weight"):
@@ -48,6 +51,9 @@ class Search(Protocol):
     @property
     def pending(self) -> tuple[Token, ...]:
         """What it would say beyond the tokens that it has given out; may still change."""
+
+    def biased(self, hotwords: HotwordGraph | None) -> Search:
+        """The same, leaning towards other phrases from here on."""
 
     def flush(self) -> tuple[Token, ...]:
         """The same once no frame follows: the last word is over."""

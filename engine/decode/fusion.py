@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from loquent.engine.errors import ConfigError
+from loquent.engine.hotwords import HotwordGraph, HotwordState
 from loquent.engine.ngram import Ngram, State
 from loquent.engine.text import WORD_START
 
@@ -81,12 +82,14 @@ class Words(NamedTuple):
         total: their scores together.
         growing: the word that is not over.
         score: ``total`` and what is to be expected of the growing word.
+        hot: where the hypothesis stands in the hotwords.
     """
 
     state: State
     total: float
     growing: str
     score: float
+    hot: HotwordState = HotwordGraph.start
 
 
 class Fusion:
@@ -103,6 +106,8 @@ class Fusion:
         self._texts = [piece.removeprefix(WORD_START) for piece in pieces]
         self._ngram = ngram
         self.rules = rules
+        self.hotwords: HotwordGraph | None = None
+        self._hot_ahead: frozenset[str] = frozenset()
         self._ahead: dict[str, float] = {}
         if ngram:
             for word, index in ngram.ids.items():
@@ -112,6 +117,8 @@ class Fusion:
                     if logp > self._ahead.get(prefix, -math.inf):
                         self._ahead[prefix] = logp
             self._ahead[""] = 0.0
+        # What a hotword that the language model does not know counts as.
+        self._rarest = min(self._ahead.values(), default=0.0)
 
     def adjusted(self, lm_weight: float | None, blank_penalty: float | None) -> Fusion:
         """With a session's own weights. Without weight the language model plays no part."""
@@ -124,6 +131,14 @@ class Fusion:
         other.rules = rules
         if not rules.lm_weight:
             other._ngram = None
+        return other
+
+    def biased(self, hotwords: HotwordGraph | None) -> Fusion:
+        """With a session's hotwords, whose words the language model then takes for rare ones."""
+        other = copy(self)
+        other.hotwords = hotwords
+        words = hotwords.words if hotwords else ()
+        other._hot_ahead = frozenset(w[:end] for w in words for end in range(1, len(w) + 1))
         return other
 
     def ruled(self, rules: BeamRules) -> Fusion:
@@ -143,25 +158,37 @@ class Fusion:
 
     def extend(self, words: Words, token: int, bonus: float) -> Words:
         """With one more token, which is worth ``bonus`` besides."""
-        state, total, growing, _ = words
+        state, total, growing, _, hot = words
         total += bonus
+        if self.hotwords:
+            gain, hot = self.hotwords.step(hot, token)
+            total += gain
         if self._starts[token]:
             score, state = self._word(state, growing)
             total += score
             growing = self._texts[token]
         else:
             growing += self._texts[token]
-        return Words(state, total, growing, total + self._expected(growing))
+        return Words(state, total, growing, total + self._expected(growing), hot)
+
+    def rebiased(self, words: Words, before: HotwordGraph | None) -> Words:
+        """The same after other hotwords: those of ``before`` pay no longer for what is not over."""
+        total = words.total + (before.finish(words.hot) if before else 0.0)
+        expected = self._expected(words.growing)
+        return Words(words.state, total, words.growing, total + expected, HotwordGraph.start)
 
     def finished(self, words: Words) -> float:
         """The score if the growing word is over."""
-        return words.total + self._word(words.state, words.growing)[0]
+        hot = self.hotwords.finish(words.hot) if self.hotwords else 0.0
+        return words.total + hot + self._word(words.state, words.growing)[0]
 
     def _expected(self, prefix: str) -> float:
         if self._ngram is None:
             return 0.0
         rules = self.rules
         logp = self._ahead.get(prefix)
+        if logp is None and prefix in self._hot_ahead:
+            logp = self._rarest
         return rules.lm_weight * logp if logp is not None else rules.unknown
 
     def _word(self, state: State, word: str) -> tuple[float, State]:
@@ -171,6 +198,8 @@ class Fusion:
         index = self._ngram.ids.get(word)
         if index is None:
             _, state = self._ngram.score(state, self._ngram.unknown)
-            return rules.unknown + rules.word_bonus, state
+            hot = self.hotwords is not None and word in self.hotwords.words
+            score = rules.lm_weight * self._rarest if hot else rules.unknown
+            return score + rules.word_bonus, state
         logp, state = self._ngram.score(state, index)
         return rules.lm_weight * logp + rules.word_bonus, state
