@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 
 from loquent.engine.decode import Token
 
+_MARGIN = 1e-3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WordRules:
@@ -23,9 +25,9 @@ class WordRules:
         tail: seconds from the end of the frame of a word's last token to the end of the word, if
             no other word begins before.
         tail_character: to be added for every character of the last token.
-        bias, least, mean, share: the probability that a word is right is the logistic function of
-            bias + least * (lowest of its tokens' log-probabilities) + mean * (their mean)
-            + share * (logarithm of the least ``Token.share``).
+        bias, least, odds, agreed: the probability that a word is right is the logistic function of
+            bias + least * log(p) + odds * log(p / (1 - p)) + agreed * log(a / (1 - a)),
+            where p is the lowest probability of its tokens and a their lowest ``Token.agreed``.
     """
 
     delay: float = 0.0
@@ -33,8 +35,8 @@ class WordRules:
     tail_character: float = 0.0
     bias: float | None = None
     least: float = 0.0
-    mean: float = 0.0
-    share: float = 0.0
+    odds: float = 0.0
+    agreed: float = 0.0
 
     def start(self, frame: int, frame_seconds: float) -> float:
         """Seconds at which a word begins whose first token is in ``frame``."""
@@ -47,14 +49,22 @@ class WordRules:
 
     def confidence(self, tokens: Sequence[Token]) -> float:
         """Probability that the word of these tokens is right, 0 to 1."""
-        logps = [token.logp for token in tokens]
-        least = min(logps)
+        least, odds, agreed = evidence(tokens)
         if self.bias is None:
-            return round(math.exp(min(0.0, least)), 3)
-        value = self.bias + self.least * least + self.mean * sum(logps) / len(logps)
-        if self.share:
-            value += self.share * math.log(max(1e-6, min(token.share for token in tokens)))
+            return round(math.exp(least), 3)
+        value = self.bias + self.least * least + self.odds * odds + self.agreed * agreed
         return round(1 / (1 + math.exp(-max(-30.0, min(30.0, value)))), 3)
+
+
+def evidence(tokens: Sequence[Token]) -> tuple[float, float, float]:
+    """What ``least``, ``odds`` and ``agreed`` of :class:`WordRules` weigh."""
+    least = max(-20.0, min(0.0, *(token.logp for token in tokens)))
+    return least, _odds(math.exp(least)), _odds(min(token.agreed for token in tokens))
+
+
+def _odds(p: float) -> float:
+    # The margin keeps what is nearly certain finite.
+    return math.log((p + _MARGIN) / (1 - p + _MARGIN))
 
 
 PLAIN = WordRules()

@@ -7,14 +7,13 @@ evaluations of confidences: 0 for the base rate, 1 for certainty) and the area u
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loquent.engine.words import WordRules
+from loquent.engine.words import WordRules, evidence
 from loquent.export.wordtrial import Heard
 
 Float = NDArray[np.float64]
@@ -47,8 +46,11 @@ def fit_confidence(words: Sequence[Heard], rules: WordRules) -> WordRules:
     target = np.array([word.right for word in words], np.float64)
     if not 0 < target.sum() < len(target):
         raise ValueError("confidences need words that are right and words that are wrong")
-    features = np.array([_features(word) for word in words])
-    names = ["least", "mean", "share"]
+    features = np.array([evidence(word.tokens) for word in words])
+    # What is the same for all words (greedy decoding always agrees) is in the bias.
+    varies = features.max(axis=0) > features.min(axis=0)
+    names = [n for n, v in zip(["least", "odds", "agreed"], varies, strict=True) if v]
+    features = features[:, varies]
     while True:
         weights = _logistic(features[:, : len(names)], target)
         worst = int(weights[1:].argmin()) if names else 0
@@ -57,7 +59,7 @@ def fit_confidence(words: Sequence[Heard], rules: WordRules) -> WordRules:
         del names[worst]
         features = np.delete(features, worst, axis=1)
     found = {name: round(float(w), 4) for name, w in zip(names, weights[1:], strict=True)}
-    empty = {"least": 0.0, "mean": 0.0, "share": 0.0}
+    empty = {"least": 0.0, "odds": 0.0, "agreed": 0.0}
     return replace(rules, bias=round(float(weights[0]), 4), **(empty | found))
 
 
@@ -79,12 +81,6 @@ def reliability(words: Sequence[Heard], rules: WordRules) -> Reliability:
         auc=_auc(p, y),
         bins=bins,
     )
-
-
-def _features(word: Heard) -> tuple[float, float, float]:
-    logps = [token.logp for token in word.tokens]
-    share = math.log(max(1e-6, min(token.share for token in word.tokens)))
-    return min(logps), sum(logps) / len(logps), share
 
 
 def _logistic(features: Float, target: Float) -> Float:

@@ -12,13 +12,13 @@ class Token(NamedTuple):
         id: line of the token in the bundle's ``tokens.txt``, from 0.
         frame: encoder frame, counted from the start of the stream, that emitted it.
         logp: natural logarithm of its probability at that frame.
-        share: part of a beam's probability that agreed on it while there was doubt, 0 to 1.
+        agreed: part of a beam's probability that agreed on it while there was doubt, 0 to 1.
     """
 
     id: int
     frame: int
     logp: float
-    share: float = 1.0
+    agreed: float = 1.0
 
 
 class Frame(NamedTuple):

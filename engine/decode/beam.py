@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loquent.engine.decode import Frame, Token
+from loquent.engine.decode.agreement import PATIENCE, agreed
 from loquent.engine.decode.decoder import Job, Settings
 from loquent.engine.decode.fusion import Fusion, Words
 from loquent.engine.decode.transducer import Context, Transducer, log_softmax
@@ -107,6 +108,7 @@ class BeamState:
     fusion: Fusion
     share: float
     hypotheses: tuple[Hypothesis, ...]
+    heard: int = -1
 
     def best(self) -> Hypothesis:
         """The best hypothesis, its last word still growing."""
@@ -127,7 +129,10 @@ class BeamState:
     def flush(self) -> tuple[Token, ...]:
         """The best hypothesis, its last word being over."""
         finished = self.fusion.finished
-        return max(self.hypotheses, key=lambda h: h.acoustic(self.share) + finished(h.words)).tokens
+        scores = [h.acoustic(self.share) + finished(h.words) for h in self.hypotheses]
+        since, until = self.heard - PATIENCE + 1, self.heard + 1
+        found = agreed(scores, [h.tokens for h in self.hypotheses], since, until)
+        return found[scores.index(max(scores))]
 
 
 class BeamSearch:
@@ -218,6 +223,7 @@ class _Beam:
         self._endpointer = job.endpointer
         self._first = job.first
         self._speech = False
+        self._heard = state.heard
         self._ctc = job.frames["ctc"] if decoder.share else None
         self.joiner = job.frames["joiner"] if decoder.model else _NOTHING
         self.count = len(self.joiner if self._ctc is None else self._ctc)
@@ -338,6 +344,9 @@ class _Beam:
                 b = parent.blank if ctc is None else _NEVER
                 found[ids] = Hypothesis(ids, tokens, token, words, parent.context, r, b, t)
             else:
+                # It was said where it is likeliest, not where it was first thought of.
+                if (logp := float(both[i, token])) > h.tokens[-1].logp:
+                    h.tokens = (*h.tokens[:-1], Token(token, number, logp))
                 if rnnt is not None:
                     h.rnnt = _add(h.rnnt, r)
                 if ctc is not None:
@@ -358,7 +367,13 @@ class _Beam:
 
     def listen(self, k: int) -> None:
         """Frame ``k`` is searched: end the segment if a silence does; settle after the last."""
-        number = self._first + k
+        number = self._heard = self._first + k
+        due = number - PATIENCE
+        if any(t.frame == due for h in self.hypotheses for t in h.tokens):
+            scores = [h.acoustic(self._decoder.share) + h.words.score for h in self.hypotheses]
+            found = agreed(scores, [h.tokens for h in self.hypotheses], due, due + 1)
+            for hypothesis, said in zip(self.hypotheses, found, strict=True):
+                hypothesis.tokens = said
         tokens: tuple[Token, ...] = ()
         if self._endpointer.accept(Frame(number, (), self._speech)) == "endpoint":
             tokens = self.state().flush()
@@ -371,7 +386,7 @@ class _Beam:
 
     def state(self) -> BeamState:
         """The search after these frames."""
-        return replace(self._state, hypotheses=tuple(self.hypotheses))
+        return replace(self._state, hypotheses=tuple(self.hypotheses), heard=self._heard)
 
     def _settle(self, number: int) -> tuple[Token, ...]:
         """Give out what all share; drop what has disagreed with the best for too long."""

@@ -54,7 +54,7 @@ def test_words_and_times() -> None:
 
 
 RULES = WordRules(
-    delay=0.09, tail=0.1, tail_character=0.05, bias=2.0, least=1.0, mean=0.5, share=2.0
+    delay=0.09, tail=0.1, tail_character=0.05, bias=2.0, least=1.0, odds=0.5, agreed=2.0
 )
 
 
@@ -69,12 +69,12 @@ def test_times_by_measured_rules() -> None:
 
 
 def test_confidence_by_measured_rules() -> None:
-    tokens = [Token(C, 10, -0.2), Token(AT, 12, -1.4, share=0.5)]
-    assert RULES.confidence(tokens) == pytest.approx(
-        1 / (1 + math.exp(-(2.0 - 1.4 - 0.5 * 0.8 + 2 * math.log(0.5)))), abs=1e-3
-    )
+    tokens = [Token(C, 10, -0.2), Token(AT, 12, -1.4, agreed=0.5)]
+    p = math.exp(-1.4)
+    value = 2.0 - 1.4 + 0.5 * math.log(p / (1 - p)) + 2 * math.log(0.5 / 0.5)
+    assert RULES.confidence(tokens) == pytest.approx(1 / (1 + math.exp(-value)), abs=2e-3)
     assert WordRules().confidence(tokens) == pytest.approx(math.exp(-1.4), abs=1e-3)
-    assert 0.0 <= RULES.confidence([Token(C, 0, -1e9, share=0.0)]) <= 1.0
+    assert 0.0 <= RULES.confidence([Token(C, 0, -1e9, agreed=0.0)]) <= 1.0
 
 
 @given(

@@ -25,14 +25,14 @@ from loquent.models.text import normalise
 
 
 def heard(rng: np.random.Generator, rules: WordRules) -> Heard:
-    tokens = tuple(Token(1, i, -rng.exponential(1.0), share=rng.uniform(0.2, 1)) for i in range(2))
+    tokens = tuple(Token(1, i, -rng.exponential(1.0), agreed=rng.uniform(0.2, 1)) for i in range(2))
     right = rng.random() < rules.confidence(tokens)
     return Heard(text="x", tokens=tokens, following=None, right=right, reference=None)
 
 
 def test_confidence_is_the_probability_of_being_right() -> None:
     rng = np.random.default_rng(0)
-    true = WordRules(bias=2.0, least=1.0, mean=0.5, share=1.0)
+    true = WordRules(bias=2.0, least=1.0, odds=0.5, agreed=0.7)
     words = [heard(rng, true) for _ in range(6000)]
     rules = fit_confidence(words[:3000], PLAIN)
     before, after = (reliability(words[3000:], r) for r in (PLAIN, rules))
@@ -40,9 +40,9 @@ def test_confidence_is_the_probability_of_being_right() -> None:
     assert before.nce < after.nce
     assert before.auc < after.auc
     assert sum(count for _, _, count in after.bins) == after.words == 3000
-    grid = [(a, b, s) for a in (-2.0, -0.5) for b in (-1.0, -0.1) for s in (0.3, 1.0)]
+    grid = [(a, b, s) for a in (-2.0, -0.5) for b in (-1.0, -0.1) for s in (0.3, 0.9)]
     for a, b, s in grid:
-        tokens = [Token(1, 0, a), Token(1, 0, b, share=s)]
+        tokens = [Token(1, 0, a), Token(1, 0, b, agreed=s)]
         assert rules.confidence(tokens) == pytest.approx(true.confidence(tokens), abs=0.08)
 
 
@@ -56,7 +56,7 @@ def test_no_weight_is_negative() -> None:
             Heard(text="x", tokens=(Token(1, 0, logp),), following=None, right=right, reference=0)
         )
     rules = fit_confidence(words, PLAIN)
-    assert (rules.least, rules.mean, rules.share) == (0, 0, 0)
+    assert (rules.least, rules.odds, rules.agreed) == (0, 0, 0)
     share = sum(word.right for word in words) / len(words)
     assert rules.confidence(words[0].tokens) == pytest.approx(share, abs=0.01)
     with pytest.raises(ValueError, match="words that are right and words that are wrong"):
