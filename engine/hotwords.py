@@ -101,7 +101,7 @@ class HotwordGraph:
 
     Attributes:
         hotwords: as given.
-        words: the phrases' words as the model writes them.
+        words, beginnings: the phrases' words as the model writes them, and all they begin with.
         start: the state in which nothing of a phrase was said.
 
     Raises:
@@ -135,10 +135,11 @@ class HotwordGraph:
         texts = set(self._texts) - {""}
         words: set[str] = set()
         for hotword in self.hotwords:
-            spelling = self._spell(hotword, texts)
+            spelling, count = self._spell(hotword, texts)
             words.update(spelling.split(WORD_START)[1:])
-            self._add(spelling, hotword.boost * _pieces(spelling, texts) / len(spelling))
+            self._add(spelling, hotword.boost * count / len(spelling))
         self.words = frozenset(words)
+        self.beginnings = frozenset(w[:end] for w in words for end in range(1, len(w) + 1))
         self._link()
         self._memo: dict[HotwordState, Float32] = {}
         self._leans: dict[HotwordState, Float32] = {}
@@ -214,7 +215,7 @@ class HotwordGraph:
                 return node, after
         return 0, 0
 
-    def _spell(self, hotword: Hotword, texts: set[str]) -> str:
+    def _spell(self, hotword: Hotword, texts: set[str]) -> tuple[str, int]:
         wrong = next(
             (
                 c
@@ -225,8 +226,8 @@ class HotwordGraph:
         )
         words = normalise(hotword.phrase).split()
         spelling = "".join(WORD_START + word for word in words)
-        if wrong is None and words and _pieces(spelling, texts):
-            return spelling
+        if wrong is None and (count := _pieces(spelling, texts)):
+            return spelling, count
         known = set("".join(texts))
         wrong = wrong or next((c for c in spelling if c not in known), None)
         what = f"the character {wrong!r}" if wrong else "these characters together"

@@ -107,7 +107,6 @@ class Fusion:
         self._ngram = ngram
         self.rules = rules
         self.hotwords: HotwordGraph | None = None
-        self._hot_ahead: frozenset[str] = frozenset()
         self._ahead: dict[str, float] = {}
         if ngram:
             for word, index in ngram.ids.items():
@@ -118,7 +117,8 @@ class Fusion:
                         self._ahead[prefix] = logp
             self._ahead[""] = 0.0
         # What a hotword that the language model does not know counts as.
-        self._rarest = min(self._ahead.values(), default=0.0)
+        known = [w for w in ngram.ids if not w.startswith("<")] if ngram else []
+        self._rarest = min((self._ahead[w] for w in known), default=0.0)
 
     def adjusted(self, lm_weight: float | None, blank_penalty: float | None) -> Fusion:
         """With a session's own weights. Without weight the language model plays no part."""
@@ -137,8 +137,6 @@ class Fusion:
         """With a session's hotwords, whose words the language model then takes for rare ones."""
         other = copy(self)
         other.hotwords = hotwords
-        words = hotwords.words if hotwords else ()
-        other._hot_ahead = frozenset(w[:end] for w in words for end in range(1, len(w) + 1))
         return other
 
     def ruled(self, rules: BeamRules) -> Fusion:
@@ -187,7 +185,7 @@ class Fusion:
             return 0.0
         rules = self.rules
         logp = self._ahead.get(prefix)
-        if logp is None and prefix in self._hot_ahead:
+        if logp is None and self.hotwords and prefix in self.hotwords.beginnings:
             logp = self._rarest
         return rules.lm_weight * logp if logp is not None else rules.unknown
 
@@ -198,7 +196,7 @@ class Fusion:
         index = self._ngram.ids.get(word)
         if index is None:
             _, state = self._ngram.score(state, self._ngram.unknown)
-            hot = self.hotwords is not None and word in self.hotwords.words
+            hot = self.hotwords and word in self.hotwords.words
             score = rules.lm_weight * self._rarest if hot else rules.unknown
             return score + rules.word_bonus, state
         logp, state = self._ngram.score(state, index)
