@@ -47,6 +47,9 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "train": Command("loquent.models.cli:main", "train a model", "train"),
     "export": Command("loquent.export.cli:main", "turn a checkpoint into a bundle", "export"),
+    "import": Command(
+        "loquent.export.importer:main", "make a bundle of torchaudio's Emformer RNN-T", "export"
+    ),
     "evaluate": Command("loquent.export.evaluate:main", "word and character error rates", "train"),
     "measure": Command(
         "loquent.export.measure:main", "tables: endpoints, stable partials, long streams", "train"

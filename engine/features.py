@@ -63,8 +63,10 @@ class FeatureSpec:
         remove_dc: subtract the mean of each frame first.
         input_scale: factor on samples in [-1, 1] (32768 for models trained on int16 values).
         mel_gain: factor on mel energies before the logarithm.
-        log: ``ln``, ``log10`` or ``piecewise`` (x/e up to e, then ln x: torchaudio's RNN-T
-            pipelines, ``torchaudio/pipelines/rnnt_pipeline.py``).
+        log: ``ln``, ``log10`` or ``piecewise`` (torchaudio's RNN-T pipelines,
+            ``torchaudio/pipelines/rnnt_pipeline.py``): ln x above e**e, but (ln x)/e from e to
+            e**e and x/e below, as their code, which divides in place what is at most e, does it
+            to values whose logarithm it has just taken. Their model was trained with that.
         floor: smallest mel energy fed to ``ln`` or ``log10``.
         window: (frame_length,) float32.
         mel: (K, F) float32.
@@ -279,7 +281,8 @@ def _frames_to_features(spec: FeatureSpec, frames: Float32) -> Float32:
         energy = energy * np.float32(spec.mel_gain)
     if spec.log == "piecewise":
         e = np.float32(math.e)
-        log = np.where(energy > e, np.log(np.maximum(energy, e)), energy / e)
+        log = np.where(energy > e, np.log(np.maximum(energy, e)), energy)
+        log = np.where(log > e, log, log / e)
     else:
         energy = np.maximum(energy, np.float32(spec.floor))
         log = np.log(energy) if spec.log == "ln" else np.log10(energy)

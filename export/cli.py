@@ -174,7 +174,7 @@ def _export(args: argparse.Namespace) -> None:
     print(f"{args.output}: {written.name} {written.precision}, {size / 1e6:.1f} MB")
 
 
-def _is_free(output: Path, mark: str) -> bool:
+def is_free(output: Path, mark: str) -> bool:
     """Whether to write there: there is nothing, an empty folder, or one with the file ``mark``."""
     if not output.exists() or (output / mark).is_file():
         return True
@@ -209,9 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="absolute WER that int8 may cost (default %(default)s)",
     )
     args = parser.parse_args(argv)
-    if not _is_free(args.output, MANIFEST):
+    if not is_free(args.output, MANIFEST):
         parser.exit(1, f"loquent export: {args.output} exists and is no bundle; choose another\n")
-    if args.weights and not _is_free(args.weights, "config.json"):
+    if args.weights and not is_free(args.weights, "config.json"):
         parser.exit(
             1, f"loquent export: {args.weights} exists and is no checkpoint; choose another\n"
         )

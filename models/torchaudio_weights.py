@@ -1,18 +1,22 @@
 """Loads the weights of ``torchaudio.models.emformer_rnnt_base`` into our student.
 
+Models of the same form with other widths and depths (``emformer_rnnt_model``) fit too, as long as
+they have what weights do not show: 8 heads, a left context of 30, GELU, frames stacked by 4.
+
 The result computes what torchaudio's model does, in ``forward`` and chunk by chunk, while its
 caches have a fixed size and a batch may mix streams of any age.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from loquent.models.presets import torchaudio_base
-from loquent.models.student import Student
+from loquent.models.student import Student, StudentConfig
 
 # torchaudio's parameter names (torchaudio/models/rnnt.py, emformer.py) -> ours.
 _RENAMES = (
@@ -34,6 +38,41 @@ _RENAMES = (
 )
 
 
+def _shape(weights: Mapping[str, Tensor]) -> StudentConfig:
+    """The base model's shape with the widths and depths that the weights have."""
+    base = torchaudio_base(len(weights["joiner.linear.weight"]))
+    reduced, features = weights["transcriber.input_linear.weight"].shape
+    layer = "transcriber.transformer.emformer_layers.0."
+    ffn_dim, dim = weights[f"{layer}pos_ff.1.weight"].shape
+    if dim != reduced * base.encoder.frontend.subsampling:
+        raise ValueError(
+            f"layers are {dim} wide and frames {reduced}, expected four frames side by side"
+        )
+    hidden = weights["predictor.lstm_layers.0.p2g.weight"].shape[1]
+    output = len(weights["transcriber.output_linear.weight"])
+    return dataclasses.replace(
+        base,
+        encoder=dataclasses.replace(
+            base.encoder,
+            frontend=dataclasses.replace(base.encoder.frontend, features=features, dim=dim),
+            emformer=dataclasses.replace(
+                base.encoder.emformer,
+                dim=dim,
+                ffn_dim=ffn_dim,
+                layers=sum(re.search(r"\.pos_ff\.1\.weight$", n) is not None for n in weights),
+            ),
+            output_dim=output,
+        ),
+        joiner_dim=output,
+        predictor=dataclasses.replace(
+            base.predictor,
+            embedding=weights["predictor.embedding.weight"].shape[1],
+            layers=sum(n.endswith(".p2g.weight") for n in weights),
+            hidden=hidden,
+        ),
+    )
+
+
 def student_from_torchaudio(weights: Mapping[str, Tensor]) -> Student:
     """A student with the weights of ``emformer_rnnt_base(num_symbols)``, in eval mode.
 
@@ -53,9 +92,11 @@ def student_from_torchaudio(weights: Mapping[str, Tensor]) -> Student:
         for pattern, replacement in _RENAMES:
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
-    student = Student(torchaudio_base(len(weights["joiner.linear.weight"])))
     try:
+        student = Student(_shape(weights))
         student.load_state_dict(renamed)
-    except RuntimeError as error:
+    except KeyError as error:
+        raise ValueError(f"not the weights of emformer_rnnt_base: {error} is missing") from error
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"not the weights of emformer_rnnt_base: {error}") from error
     return student.eval()

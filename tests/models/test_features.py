@@ -8,6 +8,7 @@ import torch
 import torchaudio
 from numpy.typing import NDArray
 from torchaudio.compliance import kaldi
+from torchaudio.pipelines.rnnt_pipeline import _piecewise_linear_log
 from transformers import WhisperFeatureExtractor
 
 from loquent.engine.features import fbank, kaldi_spec, torchaudio_spec, whisper_spec
@@ -47,15 +48,19 @@ def test_kaldi_on_int16_values(pcm: Float32) -> None:
 
 
 def test_torchaudio(pcm: Float32) -> None:
-    # torchaudio.pipelines.rnnt_pipeline: decibels of int16 samples, piecewise log, statistics.
+    # torchaudio.pipelines.rnnt_pipeline: gain to int16 samples, piecewise log, statistics.
     rng = np.random.default_rng(1)
     mean = rng.normal(12, 3, 80).astype(np.float32)
     invstddev = rng.uniform(0.2, 0.5, 80).astype(np.float32)
+    faint = 6e-6 * rng.standard_normal(16000)
+    pcm = np.concatenate([pcm, faint]).astype(np.float32)
     mel = torchaudio.transforms.MelSpectrogram(
         sample_rate=16000, n_fft=400, n_mels=80, hop_length=160
     )
     energy = mel(torch.from_numpy(pcm)).T * 10 ** (2 * 20 * np.log10(32767.0) / 20)
-    log = torch.where(energy > np.e, torch.log(energy), energy / np.e).numpy()
+    log = _piecewise_linear_log(energy.clone()).numpy()  # it works in place
+    between = (energy > np.e) & (energy < np.e**np.e)
+    assert between.any()  # where it divides a logarithm once more
     got = fbank(torchaudio_spec(mean, invstddev), pcm)
     assert got.shape == log.shape
     np.testing.assert_allclose(got, (log - mean) * invstddev, atol=1e-3)
