@@ -21,7 +21,7 @@ from loquent.models.data import DataError
 from loquent.models.text import normalise
 
 Level = Literal["error", "warning", "note"]
-SHORTEST, LONGEST = 0.3, 30.0  # seconds; training leaves out what is longer
+SHORTEST, LONGEST = 0.2, 30.0  # seconds; training leaves out what is longer
 _EXAMPLES = 5
 # Half of the audio within this many characters a second of the other half is usual; what lies
 # beyond so many deviations (median absolute, scaled) is no reading speed but a wrong text or cut.
@@ -86,6 +86,16 @@ class Row:
     source: str
 
     @property
+    def usable(self) -> bool:
+        """Whether training takes it."""
+        return bool(self.text) and not self.digits and self.duration <= LONGEST
+
+    @property
+    def digits(self) -> bool:
+        """Whether there are digits, so that how they were read is unknown."""
+        return any(c.isdigit() for c in self.text)
+
+    @property
     def place(self) -> str:
         """For messages."""
         return f"{self.split}:{self.number} {self.audio.name}"
@@ -117,7 +127,7 @@ def check(
     rows: dict[str, list[Row]] = {}
     for split, paths in splits.items():
         rows[split] = [row for path in paths for row in _read(path, split, report)]
-        usable = [r for r in rows[split] if r.text]
+        usable = [r for r in rows[split] if r.usable]
         report.clips[split] = len(usable)
         report.speakers[split] = len({r.speaker for r in usable if r.speaker})
         by_language: dict[str, float] = defaultdict(float)
@@ -239,7 +249,7 @@ def _alphabet(
                 f"{split}: {len(decomposed)} texts are not in NFC; training composes them",
                 examples=(r.place for r in decomposed),
             )
-        digits = [r for r in every if any(c.isdigit() for c in r.text)]
+        digits = [r for r in every if r.digits]
         if digits:
             report.add(
                 "warning",

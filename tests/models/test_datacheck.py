@@ -134,7 +134,7 @@ def test_lengths_rates_and_hours(corpus: Corpus) -> None:
     report = run(corpus, train, dev, hours={"en": 5, "de": 1})
     warnings = titles(report, "warning")
     assert "train: 1 of 65 clips have no text" in warnings
-    assert "train: 1 of 65 clips are shorter than 0.3 s" in warnings
+    assert "train: 1 of 65 clips are shorter than 0.2 s" in warnings
     assert "train: 1 of 65 clips are longer than 30 s" in warnings
     assert "clips have an odd number of characters a second" in warnings
     assert "train: 1 texts have digits" in warnings
