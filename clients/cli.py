@@ -45,7 +45,13 @@ COMMANDS: Mapping[str, Command] = {
     "data": Command(
         "loquent.models.datacli:main", "check training data, score its labels", "train"
     ),
-    "train": Command("loquent.models.cli:main", "train a model", "train"),
+    "train": Command("loquent.models.cli:main", "train a model, or its teacher", "train"),
+    "pretrain": Command(
+        "loquent.models.pretraining:main", "a pretrained encoder learns on, without text", "train"
+    ),
+    "distill": Command(
+        "loquent.models.distill:main", "keep what a teacher hears for a student to learn", "train"
+    ),
     "export": Command("loquent.export.cli:main", "turn a checkpoint into a bundle", "export"),
     "import": Command(
         "loquent.export.importer:main", "make a bundle of torchaudio's Emformer RNN-T", "export"

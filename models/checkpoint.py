@@ -64,6 +64,7 @@ def save_folder(
     tokenizer: Tokenizer | None,
     state: dict[str, Any],
     tensors: dict[str, Tensors | None],
+    more: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Write a checkpoint so that a kill at any moment leaves the old one or the new one whole.
 
@@ -75,12 +76,15 @@ def save_folder(
     partial.mkdir(parents=True)
     (partial / "config.json").write_text(json.dumps(config, indent=1))
     (partial / "state.json").write_text(json.dumps(state, indent=1))
+    for file, data in (more or {}).items():
+        (partial / file).write_text(json.dumps(data, indent=1))
     if tokenizer is not None:
         (partial / "tokens.spm").write_bytes(tokenizer.model)
     for name, named in tensors.items():
         if named is not None:
             plain = {n: t.detach().contiguous() for n, t in named.items()}
-            save_file(plain, partial / f"{name}.safetensors")
+            # transformers asks for the format.
+            save_file(plain, partial / f"{name}.safetensors", metadata={"format": "pt"})
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from loquent.engine.features import whisper_spec
 from loquent.models.checkpoint import load_checkpoint
-from loquent.models.data import DataError, FeatureCache, read_manifest
+from loquent.models.data import DataError, FeatureCache, Utterance, read_manifest
+from loquent.models.distillation import Distillation
 from loquent.models.options import (
     RESUMES,
     add_data_options,
@@ -21,6 +22,7 @@ from loquent.models.options import (
     start_torch,
     subwords,
 )
+from loquent.models.posteriors import Posteriors
 from loquent.models.presets import whisper_tiny
 from loquent.models.student import Student
 from loquent.models.tokens import Tokenizer
@@ -49,6 +51,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--long-until", type=int, default=0, help="up to this step train on long chunks only"
     )
+    parser.add_argument(
+        "--delay-penalty",
+        type=float,
+        default=0.0,
+        help="makes the transducer speak earlier; try 0.005 (default: off)",
+    )
+    group = parser.add_argument_group("distillation", "what to learn from a teacher, by weight")
+    group.add_argument("--distil", type=Path, help="folder that `loquent distill` wrote")
+    group.add_argument(
+        "--kd-ctc", type=float, default=1.0, help="of its CTC posteriors (default %(default)s)"
+    )
+    group.add_argument(
+        "--kd-delay", type=int, default=4, help="output frames the student may lag (%(default)s)"
+    )
+    group.add_argument("--kd-text", type=float, default=0.0, help="of its score of the text")
+    group.add_argument("--kd-features", type=float, default=0.0, help="of its encoder's output")
+    group.add_argument("--kd-metric", choices=("cosine", "l2"), default="cosine")
+    group.add_argument("--kd-lattice", type=float, default=0.0, help="of --kd-beside's lattice")
+    group.add_argument(
+        "--kd-beside", type=Path, help="checkpoint of a student whose transducer is the teacher"
+    )
     return parser
 
 
@@ -58,6 +81,8 @@ def _initial(args: argparse.Namespace, texts: list[str]) -> tuple[Student, Token
         # Its heads are tied to its subwords, so both come along.
         checkpoint = load_checkpoint(args.start)
         return checkpoint.student, checkpoint.tokenizer
+    if args.distil and not args.tokens:
+        args.tokens = args.distil / "tokens.spm"
     tokenizer = subwords(args, texts)
     student = Student(whisper_tiny(tokenizer.size))
     if args.whisper:
@@ -73,18 +98,68 @@ def _origin(args: argparse.Namespace) -> str:
     return Path(source).name if Path(source).exists() else str(source)
 
 
+def _distillation(args: argparse.Namespace) -> Distillation:
+    """The weights, of which those of the folder are 0 without one."""
+    if args.distil is None and (args.kd_text or args.kd_features):
+        raise DataError("--kd-text and --kd-features need --distil FOLDER")
+    if (args.kd_beside is None) != (args.kd_lattice == 0):
+        raise DataError("--kd-lattice WEIGHT and --kd-beside CHECKPOINT go together")
+    return Distillation(
+        ctc=args.kd_ctc if args.distil else 0.0,
+        delay=args.kd_delay,
+        full_sum=args.kd_text,
+        features=args.kd_features,
+        metric=args.kd_metric,
+        lattice=args.kd_lattice,
+    )
+
+
+def _teachers(
+    args: argparse.Namespace, tokenizer: Tokenizer, utterances: list[Utterance]
+) -> tuple[Posteriors | None, Student | None]:
+    """What `loquent distill` wrote, and the student beside; both with our vocabulary."""
+    posteriors = beside = None
+    other = None
+    if args.distil:
+        posteriors = Posteriors(args.distil)
+        other = posteriors.tokenizer
+        known = sum(posteriors.get(u) is not None for u in utterances)
+        print(f"{args.distil.name}: the teacher has heard {known} of {len(utterances)} utterances")
+        if not known:
+            raise DataError(f"{args.distil}: has none of the utterances of --data")
+        if args.kd_features and not posteriors.width:
+            raise DataError(f"{args.distil}: without features; run `loquent distill --encoder`")
+    if args.kd_beside:
+        checkpoint = load_checkpoint(args.kd_beside)
+        beside, other = checkpoint.student, checkpoint.tokenizer
+        if not beside.config.joiner_dim:
+            raise DataError(f"{args.kd_beside}: has no transducer")
+    if other is not None and other.model != tokenizer.model:
+        raise DataError(
+            "teacher and student have different subwords; give the student the teacher's: "
+            "--tokens FOLDER/tokens.spm"
+        )
+    return posteriors, beside
+
+
 def _run(args: argparse.Namespace) -> None:
     start_torch(args)
+    distil = _distillation(args)
     utterances, weights, names = read_shares(args.data, args.exclude_licence)
     dev_rows = read_manifest(args.dev)
     if not utterances or not dev_rows:
         raise DataError("no usable utterance is left to train on, or none in --dev")
     print("\n".join(names))
     student, tokenizer = _initial(args, [u.text for u in utterances])
+    teacher, beside = _teachers(args, tokenizer, utterances)
     spec = whisper_spec()
     cache = args.features or args.run / "features"
     config = TrainConfig(
-        **loop_settings(args), rnnt_from=args.rnnt_from, long_until=args.long_until
+        **loop_settings(args),
+        rnnt_from=args.rnnt_from,
+        long_until=args.long_until,
+        delay_penalty=args.delay_penalty,
+        distil=distil,
     )
     trainer = Trainer(
         args.run,
@@ -98,10 +173,13 @@ def _run(args: argparse.Namespace) -> None:
             "data": names,
             "excluded_licences": args.exclude_licence,
             "start": _origin(args),
+            **({"teacher": teacher.about} if teacher else {}),
         },
         noise=FeatureCache(read_manifest(args.noise, labelled=False), spec, cache)
         if args.noise
         else None,
+        teacher=teacher,
+        beside=beside,
     )
     trainer.fit()
     print(json.dumps({"run": str(args.run), **vars(trainer.progress)}))

@@ -41,11 +41,13 @@ class Freezing:
         encoder: up to this step nothing but the heads learns.
         front: up to this step the front end (a CNN's convolutions) does not learn; None: never.
         layers: this many of the lowest layers never learn, nor what lies below them.
+        adapters_only: of the encoder only the adapters between its layers learn (MMS).
     """
 
     encoder: int = 0
     front: int | None = 0
     layers: int = 0
+    adapters_only: bool = False
 
     def learns(self, name: str, step: int) -> bool:
         """Whether the parameter ``name`` (heads lie outside ``encoder.``) learns at ``step``."""
@@ -53,6 +55,8 @@ class Freezing:
             return True
         if step < self.encoder:
             return False
+        if self.adapters_only:
+            return "adapter_layer" in name
         if re.search(r"\.(frontend|feature_extractor)\.", name):
             return self.layers == 0 and self.front is not None and step >= self.front
         found = re.search(r"\.layers\.(\d+)\.", name)
@@ -124,6 +128,8 @@ class Loop(ABC, Generic[B]):
         devices: where; found by itself unless given.
     """
 
+    metric = "wer"  # name in the log of what _score gives
+
     def __init__(
         self, run: Path, module: nn.Module, config: LoopConfig, devices: Devices | None = None
     ) -> None:
@@ -172,7 +178,7 @@ class Loop(ABC, Generic[B]):
 
     @abstractmethod
     def _score(self) -> tuple[float, dict[str, float]]:
-        """What to get low on the dev set (kept as ``wer``), and more columns for the log."""
+        """What to get low on the dev set, and more columns for the log."""
 
     @abstractmethod
     def _write(self, name: str, raw: Tensors | None, optimizer: Tensors | None) -> None:
@@ -353,7 +359,7 @@ class Loop(ABC, Generic[B]):
         row: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             **{n: counters[n] for n in ("step", "audio_hours", "core_hours")},
-            **{n: round(v, 4) for n, v in (smooth | {"wer": wer} | columns).items()},
+            **{n: round(v, 4) for n, v in (smooth | {self.metric: wer} | columns).items()},
         }
         tqdm.write(" ".join(f"{n}={v}" for n, v in row.items()))
         path = self.run / "log.csv"

@@ -68,11 +68,22 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums over the batch, in nats, with the number of target tokens they belong to."""
+    """Sums over the batch, in nats, with the number of target tokens they belong to.
+
+    Attributes:
+        ctc, rnnt: the losses.
+        tokens: target tokens of the utterances that count.
+        ctc_B: CTC loss of each utterance, whether it counts or not.
+        log_probs_BNV: of the CTC head.
+        logits_BNUV: of the transducer, if it has run.
+    """
 
     ctc: Tensor
     rnnt: Tensor
     tokens: int
+    ctc_B: Tensor
+    log_probs_BNV: Tensor | None
+    logits_BNUV: Tensor | None
 
 
 class Student(nn.Module):
@@ -113,6 +124,13 @@ class Student(nn.Module):
         out: tuple[Tensor, Tensor] = self.encoder(x_BTF, lengths_B, segment, right_context, start_B)
         return out
 
+    def lattice(self, encoded_BNE: Tensor, targets_BU: Tensor) -> Tensor:
+        """Transducer logits at every frame behind every token: (B, N, U + 1, V)."""
+        predicted = self.predictor(targets_BU, self.config.blank)
+        projected = self.encoder_projection(encoded_BNE)
+        logits: Tensor = self.joiner(projected[:, :, None], predicted[:, None])
+        return logits
+
     def losses(
         self,
         encoded_BNE: Tensor,
@@ -122,6 +140,7 @@ class Student(nn.Module):
         *,
         rnnt: bool,
         drop_above: float = math.inf,
+        delay_penalty: float = 0.0,
     ) -> Losses:
         """CTC and transducer loss of encoded utterances, summed over the batch.
 
@@ -133,14 +152,18 @@ class Student(nn.Module):
             rnnt: compute the transducer loss (zero otherwise).
             drop_above: utterances with a larger CTC loss a token, in nats, do not count; all do
                 if none has a smaller one.
+            delay_penalty: see :func:`transducer_loss`.
         """
         c = self.config
         zero = encoded_BNE.new_zeros((), dtype=torch.float32)
         ctc = zero
+        ctc_B = zero.expand(len(targets_B))
+        log_probs = logits = None
         kept_B = torch.ones_like(targets_B, dtype=torch.bool)
         if self.ctc is not None:
-            each_B = F.ctc_loss(
-                self.ctc_log_probs(encoded_BNE).transpose(0, 1),
+            log_probs = self.ctc_log_probs(encoded_BNE)
+            ctc_B = F.ctc_loss(
+                log_probs.transpose(0, 1),
                 targets_BU,
                 frames_B,
                 targets_B,
@@ -148,14 +171,21 @@ class Student(nn.Module):
                 reduction="none",
                 zero_infinity=True,
             )
-            small_B = each_B.detach() <= drop_above * targets_B
+            small_B = ctc_B.detach() <= drop_above * targets_B
             kept_B = small_B if bool(small_B.any()) else kept_B
-            ctc = each_B[kept_B].sum()
+            ctc = ctc_B[kept_B].sum()
         transducer = zero
         if rnnt and c.joiner_dim:
-            predicted = self.predictor(targets_BU, c.blank)
-            projected = self.encoder_projection(encoded_BNE)
-            logits = self.joiner(projected[:, :, None], predicted[:, None])
-            each_B = transducer_loss(logits, targets_BU, frames_B, targets_B, c.blank)
+            logits = self.lattice(encoded_BNE, targets_BU)
+            each_B = transducer_loss(
+                logits, targets_BU, frames_B, targets_B, c.blank, delay_penalty
+            )
             transducer = each_B[kept_B].sum()
-        return Losses(ctc=ctc, rnnt=transducer, tokens=int(targets_B[kept_B].sum()))
+        return Losses(
+            ctc=ctc,
+            rnnt=transducer,
+            tokens=int(targets_B[kept_B].sum()),
+            ctc_B=ctc_B,
+            log_probs_BNV=log_probs,
+            logits_BNUV=logits,
+        )

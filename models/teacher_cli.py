@@ -11,7 +11,7 @@ from typing import Any
 
 from loquent.engine.features import whisper_spec
 from loquent.models.data import DataError, FeatureCache, read_manifest
-from loquent.models.loop import Freezing
+from loquent.models.loop import Freezing, LoopConfig
 from loquent.models.options import (
     RESUMES,
     about,
@@ -23,6 +23,12 @@ from loquent.models.options import (
     read_shares,
     start_torch,
     subwords,
+)
+from loquent.models.pretrained import (
+    Pretrained,
+    PretrainedTrainer,
+    load_encoder,
+    model_type,
 )
 from loquent.models.teacher import freezing_policy, replay_share, whisper_teacher
 from loquent.models.training import WHOLE, TrainConfig, Trainer
@@ -37,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         "--teacher",
         required=True,
         metavar="SOURCE",
-        help="Whisper: hub id, folder or CTranslate2 model.bin",
+        help="hub id or folder of a Whisper, wav2vec 2.0, XLS-R, MMS, HuBERT or WavLM model, or a "
+        "Whisper's CTranslate2 model.bin",
     )
     add_data_options(parser)
     add_token_options(parser)
@@ -51,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--replay-part", type=float, default=0.1, help="of what is heard (default %(default)s)"
+    )
+    parser.add_argument(
+        "--language-adapter",
+        metavar="LANG",
+        help="of an MMS model: the adapter to start from, or `new`; then only adapters and head "
+        "learn",
     )
     add_loop_options(parser, steps=6000, batch_seconds=60.0, lr=1e-4, head_lr=1e-3)
     group = parser.add_argument_group("freezing", "by default it follows from the hours of --data")
@@ -100,39 +113,73 @@ def _run(args: argparse.Namespace) -> None:
         names.append(f"replay {about(path, rows, share)}")
     print("\n".join(names))
     tokenizer = subwords(args, [u.text for u in utterances])
-    teacher = whisper_teacher(load_whisper(args.teacher), tokenizer.size)
-    freezing = _freezing(args, hours, teacher.config.encoder.emformer.layers)
+    origin = {
+        "data": names,
+        "excluded_licences": args.exclude_licence,
+        "start": _named(args.teacher),
+    }
+    trainer: Trainer | PretrainedTrainer
+    if _is_whisper(args.teacher):
+        if args.language_adapter:
+            raise DataError("--language-adapter: a Whisper has none")
+        teacher = whisper_teacher(load_whisper(args.teacher), tokenizer.size)
+        freezing = _freezing(args, hours, teacher.config.encoder.emformer.layers)
+        spec = whisper_spec()
+        cache = args.features or args.run / "features"
+        noise = read_manifest(args.noise, labelled=False) if args.noise else []
+        trainer = Trainer(
+            args.run,
+            teacher,
+            tokenizer,
+            FeatureCache(utterances, spec, cache),
+            FeatureCache(dev_rows, spec, cache),
+            weights,
+            TrainConfig(
+                **loop_settings(args),
+                freezing=freezing,
+                segments=((WHOLE, 1.0),),
+                right_contexts=((0, 1.0),),
+                watch=(WHOLE, 0),
+                drop_above=1e6,  # a new head finds every label far off
+            ),
+            origin,
+            noise=FeatureCache(noise, spec, cache) if noise else None,
+        )
+    else:
+        if args.noise:
+            raise DataError("--noise: is added to Whisper's features only")
+        model, normalise = load_encoder(args.teacher, adapter=args.language_adapter)
+        freezing = _freezing(args, hours, model.config.num_hidden_layers)
+        if args.language_adapter:
+            freezing = dataclasses.replace(freezing, adapters_only=True)
+        trainer = PretrainedTrainer(
+            args.run,
+            Pretrained(model, tokenizer.size, normalise=normalise),
+            tokenizer,
+            utterances,
+            dev_rows,
+            weights,
+            LoopConfig(**loop_settings(args), freezing=freezing),
+            origin,
+        )
     print(f"{hours:.2f} h a pass; {freezing}")
-    spec = whisper_spec()
-    cache = args.features or args.run / "features"
-    config = TrainConfig(
-        **loop_settings(args),
-        freezing=freezing,
-        segments=((WHOLE, 1.0),),
-        right_contexts=((0, 1.0),),
-        watch=(WHOLE, 0),
-        drop_above=1e6,  # a new head finds every label far off
-    )
-    source = Path(args.teacher)
-    trainer = Trainer(
-        args.run,
-        teacher,
-        tokenizer,
-        FeatureCache(utterances, spec, cache),
-        FeatureCache(dev_rows, spec, cache),
-        weights,
-        config,
-        {
-            "data": names,
-            "excluded_licences": args.exclude_licence,
-            "start": source.parent.name if source.suffix == ".bin" else source.name,
-        },
-        noise=FeatureCache(read_manifest(args.noise, labelled=False), spec, cache)
-        if args.noise
-        else None,
-    )
     trainer.fit()
     print(json.dumps({"run": str(args.run), **vars(trainer.progress)}))
+
+
+def _is_whisper(source: str) -> bool:
+    path = Path(source)
+    if path.is_file() or (path / "model.bin").exists():
+        return True
+    return model_type(source) == "whisper"
+
+
+def _named(source: str) -> str:
+    """For the model card: a name, never a path of this machine."""
+    path = Path(source)
+    if path.is_file():
+        return path.resolve().parent.name
+    return path.name if path.exists() else source
 
 
 def main(argv: Sequence[str]) -> int:

@@ -25,9 +25,20 @@ from loquent.models.data import (
     epoch_batches,
 )
 from loquent.models.devices import moved
+from loquent.models.distillation import (
+    Distillation,
+    Signals,
+    collate_signals,
+    delayed_ctc,
+    feature_distance,
+    full_sum,
+    lattice,
+    three_way,
+)
 from loquent.models.loop import Loop, LoopConfig
+from loquent.models.posteriors import Posteriors
 from loquent.models.scoring import Score, ctc_greedy
-from loquent.models.student import Student
+from loquent.models.student import Losses, Student
 from loquent.models.tokens import Tokenizer
 
 WHOLE = 1 << 20  # a segment that no utterance outgrows: full context
@@ -49,6 +60,8 @@ class TrainConfig(LoopConfig):
             captions go on for longer than the utterances that recordings are cut into.
         drop_above: an utterance whose CTC loss a token is above this many nats is left out: its
             label is wrong more often than it is hard.
+        delay_penalty: makes the transducer speak earlier, see :func:`transducer_loss`.
+        distil: what to learn from a teacher.
     """
 
     rnnt_from: int = 500
@@ -67,6 +80,8 @@ class TrainConfig(LoopConfig):
     watch: tuple[int, int] = (32, 4)
     join: float = 0.25
     drop_above: float = 5.0
+    delay_penalty: float = 0.0
+    distil: Distillation = field(default_factory=Distillation)
     augment: Augment = field(default_factory=Augment)
 
 
@@ -77,18 +92,39 @@ def _draw(options: tuple[tuple[int, float], ...], rng: np.random.Generator) -> i
 
 
 class Drawn:
-    """A batch with the segment and right context drawn for it."""
+    """A batch with the segment and right context drawn for it, and what a teacher says of it."""
 
-    def __init__(self, batch: Batch, segment: int, right: int) -> None:
-        self.batch, self.segment, self.right = batch, segment, right
+    def __init__(
+        self, batch: Batch, segment: int, right: int, signals: Signals | None = None
+    ) -> None:
+        self.batch, self.segment, self.right, self.signals = batch, segment, right, signals
 
 
 class Objective(nn.Module):
-    """What the student minimises."""
+    """What the student minimises.
 
-    def __init__(self, student: Student, config: TrainConfig) -> None:
+    Args:
+        student: to be trained.
+        config: weights of the terms.
+        teacher_width: of the teacher's encoder output, if features are distilled.
+        beside: a student with a transducer, for the lattice term; it does not learn.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        config: TrainConfig,
+        *,
+        teacher_width: int = 0,
+        beside: Student | None = None,
+    ) -> None:
         super().__init__()
         self.student, self.config = student, config
+        self.features = (
+            nn.Linear(student.config.encoder.width, teacher_width) if teacher_width else None
+        )
+        # In a list: its parameters are not ours.
+        self._beside = [] if beside is None else [beside.eval().requires_grad_(False)]
 
     def forward(self, drawn: Drawn, step: int) -> dict[str, Tensor]:
         """Sums over the batch in nats; ``count`` is the number of target tokens."""
@@ -106,14 +142,55 @@ class Objective(nn.Module):
             batch.targets_B,
             rnnt=with_rnnt,
             drop_above=c.drop_above if step >= c.warmup else math.inf,
+            delay_penalty=c.delay_penalty,
         )
         weight = c.ctc_weight if with_rnnt else 1.0
+        loss = weight * losses.ctc + (1 - weight) * losses.rnnt
+        learnt = self._distilled(drawn, batch, start, encoded, frames, losses)
+        for value, share in learnt.values():
+            loss = loss + share * value
         return {
-            "loss": weight * losses.ctc + (1 - weight) * losses.rnnt,
+            "loss": loss,
             "count": torch.tensor(float(losses.tokens), device=device),
             "ctc": losses.ctc,
             "rnnt": losses.rnnt,
+            **{name: value for name, (value, _) in learnt.items()},
         }
+
+    def _distilled(
+        self,
+        drawn: Drawn,
+        batch: Batch,
+        start: Tensor,
+        encoded: Tensor,
+        frames: Tensor,
+        losses: Losses,
+    ) -> dict[str, tuple[Tensor, float]]:
+        """Terms with their weights."""
+        d = self.config.distil
+        terms: dict[str, tuple[Tensor, float]] = {}
+        if drawn.signals is not None:
+            signals = moved(drawn.signals, encoded.device)
+            if d.ctc and losses.log_probs_BNV is not None:
+                kd = delayed_ctc(losses.log_probs_BNV, signals, frames, d.delay)
+                terms["kd_ctc"] = kd.sum(), d.ctc
+            if d.full_sum:
+                terms["kd_text"] = full_sum(-losses.ctc_B, signals.text_B).sum(), d.full_sum
+            if self.features is not None and signals.features_BNE is not None:
+                own = self.features(encoded).float()
+                kd = feature_distance(own, signals.features_BNE, signals.real_BN, d.metric)
+                terms["kd_features"] = kd, d.features
+        if d.lattice and self._beside and losses.logits_BNUV is not None:
+            beside = self._beside[0].to(encoded.device)
+            blank = self.student.config.blank
+            with torch.no_grad():
+                heard, _ = beside(batch.x_BTF, batch.lengths_B, WHOLE, drawn.right, start)
+                logits = beside.lattice(heard.float(), batch.targets_BU)
+                theirs = three_way(logits, batch.targets_BU, batch.targets_B, blank)
+            own = three_way(losses.logits_BNUV, batch.targets_BU, batch.targets_B, blank)
+            kd = lattice(own, theirs, frames, batch.targets_B)
+            terms["kd_lattice"] = kd.sum(), d.lattice
+        return terms
 
 
 class Trainer(Loop[Drawn]):
@@ -128,6 +205,8 @@ class Trainer(Loop[Drawn]):
         config: how to train.
         origin: what the weights started from, kept in the checkpoint for the model card.
         noise: features of recorded noise, to be added to the speech.
+        teacher: what a teacher said about the utterances, for ``config.distil``.
+        beside: a student with a transducer for ``config.distil.lattice``.
     """
 
     config: TrainConfig
@@ -143,6 +222,8 @@ class Trainer(Loop[Drawn]):
         config: TrainConfig,
         origin: dict[str, Any],
         noise: FeatureCache | None = None,
+        teacher: Posteriors | None = None,
+        beside: Student | None = None,
     ) -> None:
         self.student, self.tokenizer = student, tokenizer
         self.train, self.dev, self.weights = train, dev, weights
@@ -152,7 +233,11 @@ class Trainer(Loop[Drawn]):
         self.silence = torch.from_numpy(Fbank(self.spec).pad_frame)
         self.targets = [tokenizer.encode(u.text) for u in train.utterances]
         self._frames = [train.frames(i) for i in range(len(train))]
-        super().__init__(run, Objective(student, config), config)
+        self.teacher = teacher
+        width = teacher.width if teacher is not None and config.distil.features else 0
+        super().__init__(
+            run, Objective(student, config, teacher_width=width, beside=beside), config
+        )
 
     def _name(self, name: str) -> str:
         return name.removeprefix("student.")
@@ -205,9 +290,14 @@ class Trainer(Loop[Drawn]):
             for i in indices
         ]
         targets = [self.targets[i] for i in indices]
+        said = [
+            [(self.teacher.get(self.train.utterances[i]) if self.teacher else None, len(f))]
+            for i, f in zip(indices, features, strict=True)
+        ]
         if rng.random() < c.join:
             # Neighbours have about the same length, so little is padded.
             pairs = range(0, len(indices), 2)
+            said = [[part for row in said[k : k + 2] for part in row] for k in pairs]
             features = [torch.cat(features[k : k + 2]) for k in pairs]
             targets = [[t for part in targets[k : k + 2] for t in part] for k in pairs]
         encoder = self.student.config.encoder
@@ -219,7 +309,9 @@ class Trainer(Loop[Drawn]):
             multiple=encoder.subsampling,
             room=right + encoder.lookahead,
         )
-        return Drawn(batch, segment, right)
+        count = (batch.x_BTF.shape[1] - right - encoder.lookahead) // encoder.subsampling
+        signals = collate_signals(said, count, encoder.subsampling) if self.teacher else None
+        return Drawn(batch, segment, right, signals)
 
     def _seconds(self, batch: Drawn) -> float:
         return float(batch.batch.lengths_B.sum()) * self.spec.hop / self.spec.sample_rate

@@ -157,6 +157,7 @@ def transducer_loss(
     frames_B: Tensor,
     targets_B: Tensor,
     blank: int,
+    delay_penalty: float = 0.0,
 ) -> Tensor:
     """RNN-T loss of each utterance, in nats: (B,) (arXiv 1211.3711).
 
@@ -170,22 +171,42 @@ def transducer_loss(
         targets_BU: (B, U) tokens, padded with anything that is a valid id.
         frames_B, targets_B: valid lengths, at least one frame each.
         blank: id of the blank.
+        delay_penalty: a transducer likes to wait for more context; a token at frame t of N gets
+            this much times ((N - 1) / 2 - t) on its log-probability, which favours early ones
+            (arXiv 2211.00490). 0.001 to 0.01 of frames of 40 ms trade little accuracy.
     """
-    if logits_BNUV.device.type == "cpu":
-        return _lattice_loss(logits_BNUV, targets_BU, frames_B, targets_B, blank)
-    return _torchaudio_loss(logits_BNUV, targets_BU, frames_B, targets_B, blank)
+    function = _lattice_loss if logits_BNUV.device.type == "cpu" else _torchaudio_loss
+    return function(logits_BNUV, targets_BU, frames_B, targets_B, blank, delay_penalty)
+
+
+def _earliness(frames_B: Tensor, frames: int, penalty: float) -> Tensor:
+    """What a token gains at each frame: (B, N)."""
+    at = torch.arange(frames, device=frames_B.device)
+    return penalty * ((frames_B[:, None] - 1) / 2 - at)
 
 
 def _torchaudio_loss(
-    logits_BNUV: Tensor, targets_BU: Tensor, frames_B: Tensor, targets_B: Tensor, blank: int
+    logits_BNUV: Tensor,
+    targets_BU: Tensor,
+    frames_B: Tensor,
+    targets_B: Tensor,
+    blank: int,
+    delay_penalty: float,
 ) -> Tensor:
+    logits = logits_BNUV.float()
+    if delay_penalty:
+        logits = F.log_softmax(logits, dim=-1)
+        gain = _earliness(frames_B, logits.shape[1], delay_penalty)[:, :, None, None]
+        tokens = torch.arange(logits.shape[3], device=logits.device) != blank
+        logits = logits + gain * tokens
     loss: Tensor = torchaudio.functional.rnnt_loss(
-        logits_BNUV.float(),
+        logits,
         targets_BU.int(),
         frames_B.int(),
         targets_B.int(),
         blank=blank,
         reduction="none",
+        fused_log_softmax=not delay_penalty,
     )
     return loss
 
@@ -196,7 +217,12 @@ def _log_add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _lattice_loss(
-    logits_BNUV: Tensor, targets_BU: Tensor, frames_B: Tensor, targets_B: Tensor, blank: int
+    logits_BNUV: Tensor,
+    targets_BU: Tensor,
+    frames_B: Tensor,
+    targets_B: Tensor,
+    blank: int,
+    delay_penalty: float,
 ) -> Tensor:
     batch, frames, columns, _ = logits_BNUV.shape
     impossible = -1e30  # finite: a difference of infinities has no gradient
@@ -204,6 +230,8 @@ def _lattice_loss(
     stay = logits_BNUV[..., blank].float() - total
     labels = targets_BU[:, None, :, None].expand(-1, frames, -1, -1)
     emit = logits_BNUV[:, :, :-1].gather(3, labels)[..., 0].float() - total[:, :, :-1]
+    if delay_penalty:
+        emit = emit + _earliness(frames_B, frames, delay_penalty)[:, :, None]
     emit = F.pad(emit, (0, 1), value=impossible)
     # Skewed: row n holds the cells with frame + column == n, which depend on row n - 1 alone.
     rows = torch.arange(frames + columns - 1, device=stay.device)

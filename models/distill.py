@@ -1,0 +1,322 @@
+"""``loquent distill``: a teacher hears recordings; what it says is kept for a student.
+
+Posteriors go into a folder that `loquent train student --distil FOLDER` takes; with --pseudo the
+text that it heard, where it was sure, goes into a manifest to train on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from loquent.engine.features import Fbank, whisper_spec
+from loquent.models.checkpoint import CheckpointError, load_checkpoint, read_json, recover
+from loquent.models.data import DataError, FeatureCache, Utterance, collate, read_manifest
+from loquent.models.options import guarded
+from loquent.models.posteriors import PosteriorWriter, key_of
+from loquent.models.scoring import ctc_greedy
+from loquent.models.tokens import BLANK, Tokenizer
+from loquent.models.training import WHOLE
+
+Heard = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+class Teacher(Protocol):
+    """Whatever hears recordings.
+
+    Attributes:
+        tokenizer: of its vocabulary, blank 0.
+        width: of its encoder's output.
+        about: what it is, for the folder and the model card; no paths.
+    """
+
+    tokenizer: Tokenizer
+    width: int
+    about: dict[str, Any]
+
+    def prepare(self, utterances: Sequence[Utterance], features: Path) -> None:
+        """What will be heard; ``features`` is where features may be kept."""
+
+    def listen(self, indices: Sequence[int]) -> list[Heard]:
+        """Log-probabilities (N, V) and encoder output (N, E) of these utterances."""
+
+
+class StudentTeacher:
+    """A student's checkpoint (a Whisper teacher is one), with the whole utterance in view."""
+
+    def __init__(self, folder: Path) -> None:
+        checkpoint = load_checkpoint(folder)
+        self._student, self.tokenizer = checkpoint.student, checkpoint.tokenizer
+        self.width = self._student.config.encoder.width
+        self.about = _about(checkpoint.state)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._student.to(self._device)
+        self._silence = torch.from_numpy(Fbank(whisper_spec()).pad_frame)
+
+    def prepare(self, utterances: Sequence[Utterance], features: Path) -> None:
+        self._cache = FeatureCache(utterances, whisper_spec(), features)
+
+    def listen(self, indices: Sequence[int]) -> list[Heard]:
+        encoder = self._student.config.encoder
+        batch = collate(
+            [torch.from_numpy(self._cache[i].astype(np.float32)) for i in indices],
+            [[] for _ in indices],
+            indices,
+            self._silence,
+            multiple=encoder.subsampling,
+            room=encoder.lookahead,
+        )
+        x, lengths = batch.x_BTF.to(self._device), batch.lengths_B.to(self._device)
+        with torch.no_grad():
+            encoded, frames = self._student(x, lengths, WHOLE, 0)
+            logs = self._student.ctc_log_probs(encoded)
+        return [
+            (logs[i, :n].cpu().numpy(), encoded[i, :n].float().cpu().numpy())
+            for i, n in enumerate(frames.tolist())
+        ]
+
+
+class PretrainedTeacher:
+    """A fine-tuned encoder of the wav2vec 2.0 family."""
+
+    def __init__(self, folder: Path) -> None:
+        from loquent.models.pretrained import load_pretrained
+
+        checkpoint = load_pretrained(folder)
+        self._teacher, self.tokenizer = checkpoint.teacher, checkpoint.tokenizer
+        self.width = self._teacher.width
+        self.about = _about(checkpoint.state)
+        self._teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._utterances: Sequence[Utterance] = ()
+
+    def prepare(self, utterances: Sequence[Utterance], features: Path) -> None:
+        self._utterances = utterances
+
+    def listen(self, indices: Sequence[int]) -> list[Heard]:
+        from loquent.models.pretrained import listen, read_wave, shortest
+
+        least = shortest(self._teacher.encoder.config)
+        return listen(self._teacher, [read_wave(self._utterances[i], least) for i in indices])
+
+
+def _about(state: dict[str, Any]) -> dict[str, Any]:
+    return {"origin": state.get("origin", {}), "progress": state.get("progress", {})}
+
+
+def load_teacher(folder: Path) -> Teacher:
+    """The teacher in a checkpoint folder of `loquent train teacher` or `loquent train student`."""
+    recover(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: no config.json; expected a checkpoint folder as `loquent train` writes "
+            "(RUN/last or RUN/best)"
+        )
+    if read_json(folder / "config.json").get("kind") == "pretrained":
+        return PretrainedTeacher(folder)
+    return StudentTeacher(folder)
+
+
+def transcript(logs_NV: NDArray[np.float32], tokenizer: Tokenizer) -> tuple[str, float]:
+    """Greedy text, and how sure it is: the geometric mean of the tokens' best probabilities."""
+    labels = logs_NV.argmax(1)
+    spans: list[float] = []
+    before = BLANK
+    for label, log in zip(labels.tolist(), logs_NV.max(1).tolist(), strict=True):
+        if label != BLANK:
+            if label == before:
+                spans[-1] = max(spans[-1], log)
+            else:
+                spans.append(log)
+        before = label
+    text = tokenizer.decode(ctc_greedy(labels.tolist(), BLANK))
+    return text, float(np.exp(np.mean(spans))) if spans else 0.0
+
+
+def _text_logs(heard: Sequence[Heard], targets: Sequence[Sequence[int]]) -> list[float | None]:
+    """Log-posterior of each text over all alignments; None where there is none."""
+    result: list[float | None] = []
+    for (logs, _), target in zip(heard, targets, strict=True):
+        if not target:
+            result.append(None)
+            continue
+        loss = F.ctc_loss(
+            torch.from_numpy(logs)[:, None],
+            torch.tensor([target]),
+            torch.tensor([len(logs)]),
+            torch.tensor([len(target)]),
+            blank=BLANK,
+            reduction="sum",
+        )
+        result.append(-loss.item() if torch.isfinite(loss) else None)
+    return result
+
+
+def cache_outputs(
+    teacher: Teacher,
+    utterances: Sequence[Utterance],
+    folder: Path,
+    *,
+    features: Path,
+    kept: int = 8,
+    keep_features: bool = False,
+    batch_seconds: float = 60.0,
+) -> dict[str, dict[str, Any]]:
+    """Run the teacher over what the cache lacks; returns the cache's index by utterance."""
+    width = teacher.width if keep_features else 0
+    utterances = list({key_of(u): u for u in reversed(utterances)}.values())[::-1]
+    with PosteriorWriter(folder, teacher.tokenizer, teacher.about, kept, width) as writer:
+        missing = [i for i, u in enumerate(utterances) if key_of(u) not in writer.done]
+        if missing:
+            teacher.prepare(utterances, features)
+        total = sum(u.duration for u in utterances)
+        left = sum(utterances[i].duration for i in missing)
+        bar = tqdm(
+            total=round(total / 3600, 3), initial=round((total - left) / 3600, 3), unit="h audio"
+        )
+        for batch in _by_length(utterances, missing, batch_seconds):
+            heard = teacher.listen(batch)
+            rows = [utterances[i] for i in batch]
+            scores = _text_logs(heard, [teacher.tokenizer.encode(u.text) for u in rows])
+            more = []
+            for (logs, _), score in zip(heard, scores, strict=True):
+                text, confidence = transcript(logs, teacher.tokenizer)
+                more.append({"text": text, "confidence": round(confidence, 4), "text_log": score})
+            writer.add(
+                rows,
+                [logs for logs, _ in heard],
+                [encoded for _, encoded in heard] if keep_features else None,
+                more,
+            )
+            bar.update(sum(u.duration for u in rows) / 3600)
+        bar.close()
+        return dict(writer.done)
+
+
+def _by_length(
+    utterances: Sequence[Utterance], indices: Sequence[int], seconds: float
+) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for i in sorted(indices, key=lambda i: utterances[i].duration):
+        # Sorted, so the newcomer is the longest.
+        if batches and utterances[i].duration * (len(batches[-1]) + 1) <= seconds:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def write_pseudo(
+    manifest: Path,
+    output: Path,
+    index: dict[str, dict[str, Any]],
+    *,
+    confidence: float,
+    exclude_licences: Sequence[str] = (),
+) -> tuple[int, float]:
+    """Rows of ``manifest`` with the teacher's text where it was sure; their number and hours."""
+    kept, hours = [], 0.0
+    for line in manifest.read_text("utf-8").split("\n"):
+        if not line.strip():
+            continue
+        row: dict[str, Any] = json.loads(line)
+        audio = manifest.parent / row["audio"]
+        entry = index.get(str(audio.resolve()))
+        licence = str(row.get("licence", ""))
+        if entry is None or any(part in licence for part in exclude_licences):
+            continue
+        if entry["text"] and entry["confidence"] >= confidence:
+            row |= {
+                "audio": os.path.relpath(audio.resolve(), output.parent.resolve()),
+                "text": entry["text"],
+                "confidence": entry["confidence"],
+            }
+            kept.append(json.dumps(row, ensure_ascii=False) + "\n")
+            hours += float(row["duration"]) / 3600
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".part")
+    partial.write_text("".join(kept), "utf-8")
+    partial.replace(output)
+    return len(kept), hours
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.pseudo and not args.unlabelled:
+        raise DataError("--pseudo needs --unlabelled MANIFEST to write the text of")
+    exclude = args.exclude_licence
+    utterances: list[Utterance] = []
+    for path in args.data:
+        utterances += read_manifest(path, exclude_licences=exclude)
+    for path in args.unlabelled:
+        rows = read_manifest(path, exclude_licences=exclude, labelled=False)
+        utterances += [u for u in rows if u.duration <= 30.0]
+    if not utterances:
+        raise DataError("nothing to listen to; give --data or --unlabelled")
+    index = cache_outputs(
+        load_teacher(args.teacher),
+        utterances,
+        args.output,
+        features=args.features or args.output / "features",
+        kept=args.kept,
+        keep_features=args.encoder,
+        batch_seconds=args.batch_seconds,
+    )
+    result: dict[str, Any] = {"utterances": len(index)}
+    if args.pseudo:
+        for path in args.unlabelled:
+            name = args.pseudo / f"{path.stem}.pseudo.jsonl"
+            count, hours = write_pseudo(
+                path, name, index, confidence=args.confidence, exclude_licences=exclude
+            )
+            print(f"{name.name}: {count} utterances, {hours:.2f} h")
+            result[name.name] = count
+    print(json.dumps(result))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="loquent distill",
+        description=__doc__,
+        epilog="A killed run goes on where it was: give the same command again.",
+    )
+    parser.add_argument("teacher", type=Path, help="checkpoint folder, for example RUN/best")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the posteriors")
+    parser.add_argument(
+        "--data", type=Path, action="append", default=[], metavar="MANIFEST", help="with text"
+    )
+    parser.add_argument(
+        "--unlabelled", type=Path, action="append", default=[], metavar="MANIFEST", help="without"
+    )
+    parser.add_argument("--exclude-licence", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--features", type=Path, help="folder of the feature cache")
+    parser.add_argument(
+        "--kept", type=int, default=8, help="tokens kept of each frame (default %(default)s)"
+    )
+    parser.add_argument(
+        "--encoder", action="store_true", help="keep the encoder's output too, in half precision"
+    )
+    parser.add_argument(
+        "--pseudo", type=Path, metavar="FOLDER", help="write manifests with the teacher's text here"
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        default=0.8,
+        help="least mean probability of a token in such a text (default %(default)s)",
+    )
+    parser.add_argument("--batch-seconds", type=float, default=60.0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
+    args = parser.parse_args(argv)
+    return guarded(parser, lambda: _run(args))

@@ -1,0 +1,398 @@
+"""Teachers from models saved in the Hugging Face format, through the public commands.
+
+Small models with random weights take exactly the way that a model of the hub takes: pre-training,
+fine-tuning, distillation.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForPreTraining,
+    WavLMConfig,
+    WavLMModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from loquent.models import cli, distill, pretraining
+from loquent.models.checkpoint import CheckpointError, load_checkpoint, read_tensors
+from loquent.models.data import read_manifest
+from loquent.models.loop import Freezing
+from loquent.models.posteriors import Posteriors
+from loquent.models.pretrained import (
+    Pretrained,
+    listen,
+    load_encoder,
+    load_pretrained,
+    shortest,
+)
+from loquent.models.student import StudentConfig
+from loquent.models.teacher import freezing_policy, replay_share
+from loquent.models.tokens import Tokenizer
+
+Config = Callable[[int], StudentConfig]
+
+# XLS-R's shape (layer norm in the CNN, stable layer norm), but tiny.
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "conv_dim": (16, 16, 16),
+    "conv_kernel": (10, 8, 4),
+    "conv_stride": (10, 8, 4),
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "feat_extract_norm": "layer",
+    "conv_bias": True,
+    "do_stable_layer_norm": True,
+    "mask_time_length": 2,
+    "vocab_size": 60,
+}
+QUANTISER: dict[str, Any] = {
+    "num_codevectors_per_group": 8,
+    "num_codevector_groups": 2,
+    "codevector_dim": 16,
+    "proj_codevector_dim": 16,
+    "num_negatives": 5,
+}
+
+
+def options(**values: object) -> list[str]:
+    words: list[str] = []
+    for name, value in values.items():
+        for one in value if isinstance(value, list) else [value]:
+            words += ["--" + name.replace("_", "-"), *([] if one is True else [str(one)])]
+    return words
+
+
+def loop(corpus: Path, run: Path, **changes: object) -> list[str]:
+    settings: dict[str, object] = {
+        "data": corpus,
+        "dev": corpus,
+        "run": run,
+        "steps": 3,
+        "batch_seconds": 8,
+        "eval_every": 3,
+        "save_every": 1,
+        "threads": 1,
+    }
+    return options(**{**settings, **changes})
+
+
+def columns(run: Path) -> dict[str, str]:
+    with (run / "log.csv").open() as file:
+        return list(csv.DictReader(file))[-1]
+
+
+@pytest.fixture(scope="module")
+def xlsr(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hub") / "tiny-xlsr"
+    Wav2Vec2ForPreTraining(Wav2Vec2Config(**TINY, **QUANTISER)).save_pretrained(folder)
+    return folder
+
+
+def test_wav2vec_from_pretraining_to_a_student(
+    corpus: Path,
+    xlsr: Path,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    features = corpus.parent / "features"
+    # Pre-training goes on from the folder, and is resumed.
+    pre = tmp_path / "pre"
+    assert pretraining.main([*loop(corpus, pre, steps=2), *options(teacher=xlsr)]) == 0
+    assert pretraining.main([*loop(corpus, pre), *options(teacher=xlsr)]) == 0
+    assert float(columns(pre)["loss"]) > 0
+    # Its result is a teacher's start; text is new, so is the head.
+    teach = tmp_path / "teacher"
+    args = ["teacher", *loop(corpus, teach), *options(teacher=pre / "last", vocab=12)]
+    assert cli.main(args) == 0
+    assert float(columns(teach)["ctc"]) > 0
+    before = read_tensors(teach / "last" / "model.safetensors")
+    assert cli.main(args) == 0  # finished: resumed and left as it is
+    assert all(
+        torch.equal(t, before[n])
+        for n, t in read_tensors(teach / "last" / "model.safetensors").items()
+    )
+    assert load_pretrained(teach / "last").state["origin"]["start"] == "last"
+    # It listens, and writes down what it is sure of.
+    heard, pseudo = tmp_path / "heard", tmp_path / "pseudo"
+    asked = [
+        str(teach / "last"),
+        *options(output=heard, data=corpus, encoder=True, threads=1, batch_seconds=8),
+        *options(unlabelled=corpus, pseudo=pseudo, confidence=0.0),
+    ]
+    assert distill.main(asked) == 0
+    cache = Posteriors(heard)
+    assert len(cache) == 24
+    assert cache.width == 32
+    written = (pseudo / "corpus.pseudo.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in written]
+    assert rows
+    assert all((pseudo / row["audio"]).exists() and row["text"] for row in rows)
+    # A student learns from all of it.
+    monkeypatch.setattr(cli, "whisper_tiny", tiny_config)
+    run = tmp_path / "student"
+    student = [
+        "student",
+        *loop(corpus, run, features=features, rnnt_from=1, delay_penalty=0.01),
+        *options(distil=heard, kd_text=0.1, kd_features=0.5),
+    ]
+    assert cli.main(student) == 0
+    row = columns(run)
+    assert all(float(row[name]) > 0 for name in ("kd_ctc", "kd_text", "kd_features", "rnnt"))
+    # The map to the teacher's width trains along, but is no part of the model.
+    assert "features.weight" in read_tensors(run / "last" / "raw.safetensors")
+    load_checkpoint(run / "last")
+    capsys.readouterr()
+    # Other subwords are the classic mistake.
+    other = tmp_path / "other.spm"
+    other.write_bytes(Tokenizer.train([u.text for u in read_manifest(corpus)], 13).model)
+    with pytest.raises(SystemExit):
+        cli.main(["student", *loop(corpus, tmp_path / "x", tokens=other, distil=heard)])
+    assert "different subwords" in capsys.readouterr().err
+
+
+def test_whisper_teacher_and_a_lattice_beside(
+    corpus: Path,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    source = tmp_path / "whisper"
+    WhisperForConditionalGeneration(
+        WhisperConfig(
+            d_model=64,
+            encoder_layers=2,
+            encoder_attention_heads=1,
+            encoder_ffn_dim=256,
+            decoder_layers=1,
+            decoder_attention_heads=1,
+            decoder_ffn_dim=32,
+            vocab_size=60,
+            max_source_positions=1500,
+            max_target_positions=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=3,
+            suppress_tokens=[],
+            begin_suppress_tokens=[],
+        )
+    ).save_pretrained(source)
+    features = corpus.parent / "features"
+    run = tmp_path / "teacher"
+    frozen = options(freeze_layers=1, freeze_encoder=0)
+    args = loop(corpus, run, features=features, replay=corpus, vocab=12)
+    assert cli.main(["teacher", *args, *frozen, *options(teacher=source)]) == 0
+    checkpoint = load_checkpoint(run / "last")
+    assert checkpoint.student.config.joiner_dim == 0
+    names = checkpoint.state["origin"]["data"]
+    assert "share 0.111" in names[1]
+    start = load_checkpoint(run / "last").student.encoder.state_dict()
+    original = cli.load_whisper(source)
+    lowest = "layers.0.fc1.weight"
+    assert torch.equal(start["emformer.layers.0.ffn_in.weight"], original[lowest])
+    top = start["emformer.layers.1.ffn_in.weight"]
+    assert not torch.equal(top, original["layers.1.fc1.weight"])
+    # The same checkpoint is a teacher for `distill`.
+    heard = tmp_path / "heard"
+    asked = options(output=heard, data=corpus, features=features)
+    assert distill.main([str(run / "last"), *asked]) == 0
+    assert len(Posteriors(heard)) == 24
+    # Two students: the second learns from the transducer of the first.
+    monkeypatch.setattr(cli, "whisper_tiny", tiny_config)
+    first, second = tmp_path / "first", tmp_path / "second"
+    tokens = heard / "tokens.spm"
+    shared = options(features=features, rnnt_from=0, tokens=tokens)
+    assert cli.main([*loop(corpus, first), *shared]) == 0
+    beside = options(kd_lattice=0.5, kd_beside=first / "last")
+    assert cli.main([*loop(corpus, second), *shared, *beside]) == 0
+    assert float(columns(second)["kd_lattice"]) > 0
+
+
+# Batches
+
+
+def wave(seed: int, samples: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(samples)).float()
+
+
+# transformers' WavLM gives torch masks of two types.
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
+@pytest.mark.parametrize("norm", ["layer", "group"])
+@pytest.mark.parametrize("family", ["wav2vec2", "hubert", "wavlm"])
+def test_a_batch_says_what_its_utterances_say(family: str, norm: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {**TINY, "feat_extract_norm": norm, "do_stable_layer_norm": norm == "layer"}
+    model = {
+        "wav2vec2": lambda: Wav2Vec2ForCTC(Wav2Vec2Config(**shape)),
+        "hubert": lambda: HubertModel(HubertConfig(**shape)),
+        "wavlm": lambda: WavLMModel(WavLMConfig(**shape)),
+    }[family]()
+    model.save_pretrained(tmp_path)
+    encoder, normalise = load_encoder(str(tmp_path))
+    assert normalise is (norm == "layer")
+    teacher = Pretrained(encoder, 9, normalise=normalise).eval()
+    waves = [wave(i, n) for i, n in enumerate((9000, shortest(encoder.config), 16000, 4321))]
+    together = listen(teacher, waves)
+    for one, (logs, encoded) in zip(waves, together, strict=True):
+        [(own_logs, own_encoded)] = listen(teacher, [one])
+        assert len(own_logs) == len(logs) >= 1
+        np.testing.assert_allclose(logs, own_logs, atol=2e-4)
+        np.testing.assert_allclose(encoded, own_encoded, atol=2e-4)
+
+
+def test_language_adapters(corpus: Path, xlsr: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    args = loop(corpus, run, vocab=12, teacher=xlsr, language_adapter="new", freeze_encoder=0)
+    assert cli.main(["teacher", *args]) == 0
+    before, _ = load_encoder(str(xlsr))
+    old = before.state_dict()
+    after = load_pretrained(run / "last").teacher.encoder.state_dict()
+    moved = {n for n, t in after.items() if n not in old or not torch.equal(t, old[n])}
+    assert moved
+    assert all("adapter_layer" in name for name in moved)
+
+
+def test_what_is_no_teacher_is_named(tmp_path: Path, xlsr: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a Hugging Face folder nor a hub id"):
+        load_encoder(str(tmp_path / "gone"))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="is a bert, expected one of wav2vec2, hubert"):
+        load_encoder(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"cannot be loaded|is missing"):
+        load_encoder(str(xlsr), adapter="xyz")
+
+
+# Policy
+
+
+def test_what_learns_grows_with_the_hours() -> None:
+    minutes, half, hour, many = (freezing_policy(h, 24, 10000) for h in (0.1, 0.3, 1.0, 50.0))
+    assert (minutes.front, minutes.layers) == (None, 18)
+    assert (half.front, half.layers) == (None, 12)
+    assert (hour.front, hour.layers) == (2000, 0)
+    assert many.encoder < hour.encoder < minutes.encoder
+    front, low, high, norm = (
+        "encoder.feature_extractor.conv_layers.0.conv.weight",
+        "encoder.encoder.layers.3.attention.k_proj.weight",
+        "encoder.encoder.layers.20.attention.k_proj.weight",
+        "encoder.encoder.layer_norm.weight",
+    )
+    assert not any(minutes.learns(name, 500) for name in (front, low, high, norm))
+    assert minutes.learns("ctc.weight", 0)
+    late = [minutes.learns(name, 9999) for name in (front, low, high, norm)]
+    assert late == [False, False, True, True]
+    assert [hour.learns(front, step) for step in (1999, 2000)] == [False, True]
+    assert [hour.learns(low, step) for step in (499, 500)] == [False, True]
+    assert Freezing().learns(front, 0)
+
+
+def test_replay_is_a_tenth_of_what_is_heard() -> None:
+    share = replay_share(9.0, 20.0, 0.1)
+    assert share * 20 / (share * 20 + 9) == pytest.approx(0.1)
+    assert replay_share(100.0, 1.0, 0.1) == 1.0  # there is no more
+    assert replay_share(5.0, 0.0, 0.1) == 0.0
+
+
+# Several processes
+
+GRADIENTS = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+sys.path.insert(0, sys.argv[1])
+import conftest as shapes
+from loquent.engine.features import whisper_spec
+from loquent.models.data import FeatureCache, read_manifest
+from loquent.models.student import Student
+from loquent.models.tokens import Tokenizer
+from loquent.models.training import TrainConfig, Trainer
+
+torch.set_num_threads(1)
+corpus, out, accumulate = Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+rows = read_manifest(corpus)
+tokenizer = Tokenizer.train([u.text for u in rows], 12)
+torch.manual_seed(0)
+cache = FeatureCache(rows, whisper_spec(), corpus.parent / "features", workers=1)
+config = TrainConfig(steps=2, batch_seconds=6, bf16=False, accumulate=accumulate, rnnt_from=1)
+trainer = Trainer(out / "run", Student(shapes.tiny_student(tokenizer.size)), tokenizer, cache,
+                  cache, [1.0] * len(rows), config, {})
+parts = trainer._parts()
+for _ in range(2):  # without and with the transducer, whose gradients are missing at first
+    step, mine = next(parts)
+    shown = trainer._update(step, mine)
+if trainer.devices.rank == 0:
+    found = {n: p.grad for n, p in trainer.parameters.items() if p.grad is not None}
+    save_file(found | {"norm": torch.tensor(shown["norm"])}, out / "gradients.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(corpus: Path, tmp_path: Path) -> None:
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS)
+    results = {}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for name, launch, accumulate in (
+        ("one", [sys.executable], 4),
+        ("two", [*torchrun, "2"], 2),
+    ):
+        out = tmp_path / name
+        out.mkdir()
+        words = [str(script), str(Path(__file__).parent), str(corpus), str(out), str(accumulate)]
+        done = subprocess.run(
+            [*launch, *words], check=False, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[name] = read_tensors(out / "gradients.safetensors")
+    assert results["one"].keys() == results["two"].keys()
+    assert float(results["one"]["norm"]) > 0.1
+    for name, gradient in results["one"].items():
+        torch.testing.assert_close(results["two"][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_patience_ends_a_run(
+    corpus: Path, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "whisper_tiny", tiny_config)
+    # At this rate nothing is ever recognised, so the first evaluation stays the best.
+    args = loop(
+        corpus,
+        tmp_path,
+        features=corpus.parent / "features",
+        vocab=12,
+        steps=50,
+        eval_every=1,
+        patience=2,
+        lr=0.0,
+        head_lr=0.0,
+        tensorboard=True,
+    )
+    assert cli.main(args) == 0
+    with (tmp_path / "log.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+    assert len(list((tmp_path / "tensorboard").iterdir())) >= 1
