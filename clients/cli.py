@@ -56,6 +56,7 @@ COMMANDS: Mapping[str, Command] = {
     "import": Command(
         "loquent.export.importer:main", "make a bundle of torchaudio's Emformer RNN-T", "export"
     ),
+    "tune": Command("loquent.export.tune:main", "find a bundle's decoding weights", "export"),
     "evaluate": Command("loquent.export.evaluate:main", "word and character error rates", "train"),
     "measure": Command(
         "loquent.export.measure:main", "tables: endpoints, stable partials, long streams", "train"

@@ -44,9 +44,14 @@ class Decoders:
         if name == "rnnt":
             assert self._model, "a bundle offers what it has heads for"
             return RnntGreedy(self._model, blank=blank)
-        rules = self._bundle.beams.get(name, BeamRules())
+        return self.beam(name, self._bundle.beams.get(name, BeamRules()))
+
+    def beam(self, name: DecoderName, rules: BeamRules) -> BeamSearch:
+        """One of the beam searches with these rules."""
         share = {"ctc-beam": 1.0, "rnnt-beam": 0.0, "joint": rules.ctc}[name]
-        return BeamSearch(self._fusion.ruled(rules), blank=blank, share=share, model=self._model)
+        return BeamSearch(
+            self._fusion.ruled(rules), blank=self._bundle.blank, share=share, model=self._model
+        )
 
     @cached_property
     def _fusion(self) -> Fusion:

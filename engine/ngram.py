@@ -2,8 +2,9 @@
 
 The probabilities lie in sorted arrays, context by context (the trie layout of KenLM,
 https://kheafield.com/papers/avenue/kenlm.pdf), so that a model of a million n-grams takes a few
-megabytes and loads without being built. KenLM itself has no binary packages on PyPI: it would make
-a compiler part of the installation.
+megabytes and loads without being built. Not KenLM itself: on PyPI it is source only (0.3.0), which
+would make a compiler part of the installation; flashlight-text (0.0.7) has it in wheels, but none
+for Python 3.13; pyctcdecode (0.5.0) wants numpy below 2. Their models come in as ARPA files.
 
 Made by ``loquent lm``; log-probabilities are natural logarithms.
 """
@@ -11,6 +12,7 @@ Made by ``loquent lm``; log-probabilities are natural logarithms.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from zipfile import BadZipFile
 
@@ -128,6 +130,23 @@ class Ngram:
         out = io.BytesIO()
         np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
         return out.getvalue()
+
+    def grams(self, order: int) -> Iterator[tuple[tuple[str, ...], float, float | None]]:
+        """All n-grams of an order: words, log-probability, and backoff below the highest order."""
+        names: list[tuple[str, ...]] = [(word,) for word in self.words]
+        if order == 1:
+            yield from zip(names, self._logp, self._backoff, strict=True)
+            return
+        for n, table in zip(_ORDERS, self._tables, strict=False):
+            first = table.first.astype(np.int64)
+            counts = first[1:] - first[:-1]
+            context = np.repeat(np.arange(len(names)), counts).tolist()
+            words = table.word.tolist()
+            names = [(*names[c], self.words[w]) for c, w in zip(context, words, strict=True)]
+            if n == order:
+                backoff = table.backoff.tolist() or [None] * len(words)
+                yield from zip(names, table.logp.tolist(), backoff, strict=True)
+                return
 
     def unigram(self, word: int) -> float:
         """Log-probability of a word by itself."""

@@ -175,6 +175,23 @@ class Recognizer:
             members.sort(key=lambda m: (id(m[0].encoder_state.batch), m[0].encoder_state.row))
             self._advance([m[0] for m in members], [m[1] for m in members], right_context)
 
+    def encode(self, stream: Stream) -> dict[str, Float32]:
+        """Advance one stream that is ready by a chunk without decoding: for tuning decoders.
+
+        Returns:
+            Its new frames (K, ...) by head; nothing at the end of the stream.
+        """
+        window = stream.window()
+        if window is None:
+            stream.end()
+            return {}
+        state = stack([stream.encoder_state])
+        frames, state = self._encoder.step(window[None], stream.right_context, state)
+        count = len(stream.frames())
+        (stream.encoder_state,) = unstack(state, 1)
+        stream.advance()
+        return {head: rows[0, :count] for head, rows in frames.items()}
+
     def transcribe(
         self,
         pcm: NDArray[Any],

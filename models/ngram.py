@@ -1,4 +1,4 @@
-"""``loquent lm``: a word n-gram model from text.
+"""``loquent lm``: a word n-gram model from text, or from an ARPA file of KenLM or SRILM.
 
 Interpolated Kneser-Ney smoothing with one discount per count of 1, 2 and more (Chen and Goodman,
 1999, "modified Kneser-Ney"), written in backoff form. N-grams below a count are left out; their
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from loquent.engine.ngram import START, UNKNOWN, Ngram, Table
+from loquent.models.arpa import read_arpa, write_arpa
 from loquent.models.data import DataError
 from loquent.models.text import normalise
 
@@ -221,9 +222,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="loquent lm", description=__doc__)
     parser.add_argument(
-        "text", nargs="+", type=Path, help="text, a sentence a line (.xz too), or a JSONL manifest"
+        "text", nargs="*", type=Path, help="text, a sentence a line (.xz too), or a JSONL manifest"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="file to write (.npz)")
+    parser.add_argument(
+        "--arpa", type=Path, metavar="FILE", help="instead of text: an ARPA file, .gz or not"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="file to write: .npz for `loquent export --lm`, or .arpa or .arpa.gz for other tools",
+    )
     parser.add_argument("--words", type=int, default=30_000, help="vocabulary (%(default)s)")
     parser.add_argument("--order", type=int, choices=(2, 3), default=3)
     parser.add_argument(
@@ -236,19 +246,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dev", type=Path, help="text or manifest to measure perplexity on")
     args = parser.parse_args(argv)
+    if bool(args.text) == bool(args.arpa):
+        parser.error("expected either text or --arpa FILE")
     try:
-        sentences = [s for path in args.text for s in tqdm(read_sentences(path), unit="line")]
-        model = train(sentences, words=args.words, order=args.order, least=args.least)
-        data = model.to_bytes()
+        if args.arpa:
+            model = read_arpa(args.arpa)
+            source = args.arpa.name
+        else:
+            sentences = [s for path in args.text for s in tqdm(read_sentences(path), unit="line")]
+            model = train(sentences, words=args.words, order=args.order, least=args.least)
+            source = f"{sum(map(len, map(str.split, sentences)))} words of text"
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_bytes(data)
-        print(
-            f"{args.output}: {sum(map(len, map(str.split, sentences)))} words of text, "
-            f"{len(model.words)} words known, {len(data) / 1e6:.1f} MB"
-        )
+        if ".arpa" in args.output.suffixes:
+            write_arpa(model, args.output)
+        else:
+            args.output.write_bytes(model.to_bytes())
+        size = args.output.stat().st_size / 1e6
+        print(f"{args.output}: {source}, {len(model.words)} words known, {size:.1f} MB")
         if args.dev:
             value, unknown = perplexity(model, read_sentences(args.dev))
             print(f"{args.dev.name}: perplexity {value:.0f}, {100 * unknown:.1f} % unknown words")
-    except DataError as error:
+    except (DataError, OSError) as error:
         parser.exit(1, f"loquent lm: {error}\n")
     return 0

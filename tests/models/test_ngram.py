@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loquent.engine.ngram import Ngram
+from loquent.models.arpa import read_arpa, write_arpa
 from loquent.models.data import DataError
 from loquent.models.ngram import main, perplexity, read_sentences, train
 
@@ -111,3 +112,90 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([str(tmp_path / "none.txt"), "-o", str(tmp_path / "out.npz")])
     assert "none.txt: cannot be read" in capsys.readouterr().err
+
+
+# ARPA files
+
+ARPA = """\
+made by hand
+
+\\data\\
+ngram 1=5
+ngram 2=3
+ngram 3=1
+
+\\1-grams:
+-99 <s> -0.5
+-1.0 </s>
+-2.0 <UNK>
+-0.5 GOOD -0.3
+-0.7 day
+
+\\2-grams:
+-0.2 <s> GOOD -0.1
+-0.4 GOOD day
+-0.3 day </s>
+
+\\3-grams:
+-0.05 <s> GOOD day
+
+\\end\\
+"""
+
+
+def test_an_arpa_file_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "hand.arpa"
+    path.write_text(ARPA)
+    model = read_arpa(path)
+    assert sorted(model.ids) == ["<s>", "<unk>", "day", "good"]
+    good, day = model.ids["good"], model.ids["day"]
+    ln10 = np.log(10)
+    logp, state = model.score(model.start, good)
+    assert logp == pytest.approx(-0.2 * ln10, abs=2e-3)
+    assert model.score(state, day)[0] == pytest.approx(-0.05 * ln10, abs=2e-3)
+    # No such pair: the backoff of <s> and the word by itself.
+    assert model.score(model.start, day)[0] == pytest.approx((-0.5 - 0.7) * ln10, abs=4e-3)
+    assert model.score((), model.unknown)[0] == pytest.approx(-2.0 * ln10, abs=4e-3)
+
+
+@pytest.mark.parametrize("suffix", [".arpa", ".arpa.gz"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_model_survives_arpa(tmp_path: Path, suffix: str, order: int) -> None:
+    text = [f"{a} {b} {c}" for a in "abcd" for b in "bcde" for c in "xyxy"]
+    model = train(text, words=100, order=order, least=(1, 1))
+    write_arpa(model, tmp_path / f"lm{suffix}")
+    again = read_arpa(tmp_path / f"lm{suffix}")
+    assert again.words == model.words
+    for sentence in ("a b x", "d e y a", "x x x", "a q y"):
+        states = [model.start, again.start]
+        for word in sentence.split():
+            scores = []
+            for i, m in enumerate((model, again)):
+                logp, states[i] = m.score(states[i], m.ids.get(word, m.unknown))
+                scores.append(logp)
+            assert scores[1] == pytest.approx(scores[0], abs=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no model\n", "no .end., expected a whole ARPA file"),
+        ("\\data\\\n\\1-grams:\n-1 a b c\n\\end\\\n", ":3: got 4 fields; expected a decimal"),
+        ("\\data\\\n\\1-grams:\n-99 <s>\n\\end\\\n", "got no words, expected 1-grams"),
+    ],
+)
+def test_arpa_files_that_are_wrong(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.arpa"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_arpa(path)
+
+
+def test_arpa_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lm.arpa").write_text(ARPA)
+    assert main(["--arpa", str(tmp_path / "lm.arpa"), "-o", str(tmp_path / "lm.npz")]) == 0
+    assert "lm.arpa, 4 words known" in capsys.readouterr().out
+    assert Ngram.from_bytes((tmp_path / "lm.npz").read_bytes()).order == 3
+    with pytest.raises(SystemExit):
+        main(["-o", str(tmp_path / "lm.npz")])
+    assert "expected either text or --arpa FILE" in capsys.readouterr().err
