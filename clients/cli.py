@@ -52,6 +52,9 @@ COMMANDS: Mapping[str, Command] = {
     "distill": Command(
         "loquent.models.distill:main", "keep what a teacher hears for a student to learn", "train"
     ),
+    "finish": Command(
+        "loquent.models.finish:main", "casing and punctuation from text: learn, measure", "train"
+    ),
     "export": Command("loquent.export.cli:main", "turn a checkpoint into a bundle", "export"),
     "import": Command(
         "loquent.export.importer:main", "make a bundle of torchaudio's Emformer RNN-T", "export"

@@ -13,6 +13,7 @@ from loquent.clients.live import Float32, recognise, stream_rate
 from loquent.clients.options import (
     add_decoder_options,
     add_model_options,
+    add_session_options,
     load_recognizer,
     make_parser,
     open_stream,
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_model_options(parser)
     add_decoder_options(parser)
+    add_session_options(parser)
     return parser
 
 

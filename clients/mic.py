@@ -16,6 +16,7 @@ from loquent.clients.live import MAX_RATE, MIN_RATE, Float32, recognise
 from loquent.clients.options import (
     add_decoder_options,
     add_model_options,
+    add_session_options,
     load_recognizer,
     make_parser,
     open_stream,
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--list-devices", action="store_true", help="show the microphones and stop")
     add_model_options(parser)
     add_decoder_options(parser)
+    add_session_options(parser)
     return parser
 
 

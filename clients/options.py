@@ -6,6 +6,7 @@ import argparse
 import math
 
 from loquent.engine.bundle import DECODERS
+from loquent.engine.endpoint import EndpointRules, endpoint_rules
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.session import DEVICES, Device
 from loquent.engine.stream import Stream
@@ -84,6 +85,32 @@ def load_recognizer(options: argparse.Namespace, device: Device = "cpu") -> Reco
     return Recognizer.load(options.bundle, threads=options.threads, device=device)
 
 
+def add_session_options(parser: argparse.ArgumentParser) -> None:
+    """--endpoint-silence, --max-utterance, --vad, --finish."""
+    parser.add_argument(
+        "--endpoint-silence",
+        type=non_negative_float,
+        metavar="S",
+        help="a segment ends after so many seconds of silence, 0 for never "
+        f"(default: {EndpointRules().trailing_silence:g})",
+    )
+    parser.add_argument(
+        "--max-utterance",
+        type=non_negative_float,
+        metavar="S",
+        help="a segment longer than this is cut between two words "
+        f"(default: {EndpointRules().max_utterance:g})",
+    )
+    parser.add_argument(
+        "--vad", choices=["silero"], help="what this detector hears as speech is no silence"
+    )
+    parser.add_argument(
+        "--finish",
+        action="store_true",
+        help="write finals with casing, punctuation and digits; words keep their times",
+    )
+
+
 def open_stream(recognizer: Recognizer, options: argparse.Namespace, sample_rate: int) -> Stream:
     """A stream for audio of `sample_rate` Hz as `options` ask for. Raises ConfigError."""
     return recognizer.stream(
@@ -92,6 +119,11 @@ def open_stream(recognizer: Recognizer, options: argparse.Namespace, sample_rate
         decoder=options.decoder,
         blank_penalty=options.blank_penalty,
         lm_weight=options.lm_weight,
+        endpoint=endpoint_rules(
+            endpoint_silence=options.endpoint_silence, max_utterance=options.max_utterance
+        ),
+        vad=options.vad,
+        finish=options.finish,
     )
 
 

@@ -16,6 +16,7 @@ from loquent.clients.live import Float32, stream_rate
 from loquent.clients.options import (
     CHUNK_MS,
     add_decoder_options,
+    add_session_options,
     make_parser,
     non_negative_float,
     positive_int,
@@ -120,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
         help="speed: 1 as speech, 2 twice as fast, 0 without pause (default: 1)",
     )
     add_decoder_options(parser)
+    add_session_options(parser)
     return parser
 
 
@@ -141,6 +143,10 @@ async def _run(options: argparse.Namespace) -> None:
         decoder=options.decoder,
         blank_penalty=options.blank_penalty,
         lm_weight=options.lm_weight,
+        endpoint_silence=options.endpoint_silence,
+        max_utterance=options.max_utterance,
+        vad=options.vad,
+        finish=options.finish or None,
     )
     timeline = Timeline()
     async with connect(options.url, start) as session:

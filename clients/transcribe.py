@@ -15,6 +15,7 @@ from loquent.clients.live import recognise, stream_rate
 from loquent.clients.options import (
     add_decoder_options,
     add_model_options,
+    add_session_options,
     load_recognizer,
     make_parser,
     open_stream,
@@ -94,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     add_model_options(parser)
     add_decoder_options(parser)
+    add_session_options(parser)
     return parser
 
 

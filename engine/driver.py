@@ -342,6 +342,8 @@ class Session:
             endpoint=action.endpoint,
             blank_penalty=start.blank_penalty,
             lm_weight=start.lm_weight,
+            vad=start.vad,
+            finish=bool(start.finish),
         )
         if self._config.record is not None:
             self._recorder = await asyncio.to_thread(Recorder, self._config.record, self._id, start)

@@ -4,8 +4,10 @@ Silence is what the decoder hears as blank, so the rules need no second model an
 voice activity detector it is that only where the detector hears no speech either.
 
 What is left of the past behind an endpoint was measured with ``loquent measure endpoints`` (see
-``export/README.md``). The encoder's state and CTC's last symbol stay; the transducer's predictor
-and the language model start anew.
+``export/README.md``): nothing. The transducer's predictor, the language model and the encoder start
+anew, the encoder again for every second of a pause, so that speech is never far from where it would
+be in a recording of its own; CTC's last symbol is blank by then. The encoder does so between two
+chunks, and only where no speech has begun since.
 """
 
 from __future__ import annotations
@@ -25,28 +27,49 @@ class EndpointRules:
 
     Attributes:
         leading_silence: rule 1, so much silence with no speech before it; nothing was said, so this
-            makes no event, but what the decoder keeps in mind is forgotten.
+            makes no event, but the past is forgotten again.
         trailing_silence: rule 2, so much silence after speech ends the segment.
         max_utterance: rule 3, a longer segment is cut before the word that is growing.
         reset_decoder: at rules 1 and 2 the predictor of greedy RNN-T starts anew. Beam searches
             always settle and begin a new sentence there.
-        reset_encoder: at rules 1 and 2 the encoder forgets too, from the next chunk on.
+        reset_encoder: at rules 1 and 2 the encoder starts anew.
 
     Raises:
         ConfigError: a time is not positive.
     """
 
-    leading_silence: float = 5.0
+    leading_silence: float = 1.0
     trailing_silence: float = 0.8
     max_utterance: float = 20.0
     reset_decoder: bool = True
-    reset_encoder: bool = False
+    reset_encoder: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, bool) and not value > 0:
                 raise ConfigError(f"got {field.name} {value!r}, expected seconds above 0")
+
+
+def endpoint_rules(
+    *,
+    endpoint_silence: float | None = None,
+    max_utterance: float | None = None,
+    leading_silence: float | None = None,
+) -> EndpointRules | None:
+    """Rules as a session asks for them: None leaves a time as it is, silence 0 means no rules.
+
+    Raises:
+        ConfigError: a time is negative, or 0 where that has no meaning.
+    """
+    if endpoint_silence == 0:
+        return None
+    usual = EndpointRules()
+    return EndpointRules(
+        trailing_silence=usual.trailing_silence if endpoint_silence is None else endpoint_silence,
+        max_utterance=usual.max_utterance if max_utterance is None else max_utterance,
+        leading_silence=usual.leading_silence if leading_silence is None else leading_silence,
+    )
 
 
 class Hearing(Protocol):
@@ -80,6 +103,11 @@ class Endpointer:
     def resets(self) -> bool:
         """Whether a greedy decoder forgets at an endpoint."""
         return self.rules is None or self.rules.reset_decoder
+
+    @property
+    def speaking(self) -> bool:
+        """Whether the segment has speech."""
+        return self._first is not None
 
     def accept(self, frame: Frame) -> Reason | None:
         """``endpoint`` or ``limit`` if a segment should end with this frame.

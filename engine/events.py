@@ -55,9 +55,11 @@ class Partial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Final:
-    """The settled text of a segment; it starts with the last partial's committed text.
+    """The settled text of a segment; its words start with the last partial's committed ones.
 
     Attributes:
+        text: the words, or, in a session with ``finish``, what they look like in writing.
+        words: as recognised, with their times, finished or not.
         reason: ``endpoint`` (silence), ``limit`` (utterance too long, cut between two words),
             ``finalize`` (asked for with ``Stream.finalize``) or ``end`` (of the stream).
     """
@@ -68,6 +70,11 @@ class Final:
     text: str
     words: tuple[Word, ...]
     reason: Reason
+
+    @property
+    def raw(self) -> str:
+        """The words as recognised, whatever ``text`` makes of them."""
+        return " ".join(word.text for word in self.words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

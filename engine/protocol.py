@@ -141,7 +141,9 @@ class Start:
     """The client's first message. What is left at None is the server's to choose.
 
     sample_rate is in Hz, chunk_ms and right_context_ms in milliseconds; blank_penalty and lm_weight
-    as `Recognizer.stream` takes them.
+    as `Recognizer.stream` takes them. endpoint_silence (0: no
+    endpoints), max_utterance and leading_silence are in seconds, see `EndpointRules`. vad is
+    "silero" or nothing; finish asks for casing, punctuation and digits in the finals' text.
     """
 
     sample_rate: int
@@ -153,6 +155,11 @@ class Start:
     blank_penalty: float | None = None
     lm_weight: float | None = None
     resume: bool | None = None  # keep the session for a while if the connection is lost
+    endpoint_silence: float | None = None
+    max_utterance: float | None = None
+    leading_silence: float | None = None
+    vad: str | None = None
+    finish: bool | None = None
 
     def encode(self) -> str:
         """The message as the client sends it."""
@@ -396,6 +403,11 @@ _KINDS: Const[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "blank_penalty": ("a number", (int, float)),
     "lm_weight": ("a number", (int, float)),
     "resume": ("true or false", (bool,)),
+    "endpoint_silence": ("a number (seconds)", (int, float)),
+    "max_utterance": ("a number (seconds)", (int, float)),
+    "leading_silence": ("a number (seconds)", (int, float)),
+    "vad": ("a string", (str,)),
+    "finish": ("true or false", (bool,)),
 }
 
 

@@ -18,11 +18,12 @@ from loquent.engine.encoder import OnnxEncoder
 from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Final
+from loquent.engine.finish import Finishing, finisher
 from loquent.engine.hotwords import Hotword, HotwordGraph
 from loquent.engine.session import Device, Slot, stack, unstack
 from loquent.engine.stream import Stream, as_float32
 from loquent.engine.vad import SAMPLE_RATE as VAD_RATE
-from loquent.engine.vad import SileroVad, Vad, Voice
+from loquent.engine.vad import SileroVad, Voice
 
 Float32 = NDArray[np.float32]
 
@@ -85,10 +86,11 @@ class Recognizer:
         decoder: str | None = None,
         right_context_ms: float | None = None,
         endpoint: EndpointRules | None = DEFAULT_ENDPOINT,
-        vad: Vad | None = None,
         blank_penalty: float | None = None,
         lm_weight: float | None = None,
         hotwords: Sequence[Hotword] = (),
+        vad: str | None = None,
+        finish: bool = False,
     ) -> Stream:
         """A new stream.
 
@@ -105,6 +107,8 @@ class Recognizer:
             blank_penalty: above 0 brings more words, below 0 fewer; the bundle's if None.
             lm_weight: of the language model in a beam search, 0 for none; the bundle's if None.
             hotwords: phrases to expect; ``Stream.set_hotwords`` changes them.
+            finish: write the finals' text with casing, punctuation and digits; words stay as
+                they are.
 
         Raises:
             ConfigError: a value that the bundle does not allow.
@@ -126,6 +130,7 @@ class Recognizer:
             )
         if vad:
             _ = self._vad  # an error now, not in the first step
+        finishing = Finishing(finisher(next(iter(bundle.languages)))) if finish else None
         hop = bundle.features.hop * bundle.encoder.subsampling
         settings = Settings(
             blank_penalty=blank_penalty, lm_weight=lm_weight, hotwords=self.hotwords(hotwords)
@@ -141,6 +146,7 @@ class Recognizer:
             search=self._decoders[decoder].start(settings),
             voice=Voice(hop) if vad else None,
             hotwords=self.hotwords,
+            finishing=finishing,
         )
 
     def hotwords(self, hotwords: Sequence[Hotword]) -> HotwordGraph | None:

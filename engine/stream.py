@@ -32,6 +32,7 @@ from loquent.engine.endpoint import Endpointer, EndpointRules
 from loquent.engine.errors import AudioError, BufferFull, ConfigError, StreamClosed
 from loquent.engine.events import Event
 from loquent.engine.features import Fbank
+from loquent.engine.finish import Finishing
 from loquent.engine.hotwords import Hotword, HotwordGraph
 from loquent.engine.resample import Resampler
 from loquent.engine.ring import Ring
@@ -95,6 +96,7 @@ class Stream:
         search: Search,
         voice: Voice | None,
         hotwords: Callable[[Sequence[Hotword]], HotwordGraph | None],
+        finishing: Finishing | None,
     ) -> None:
         if not MIN_RATE <= sample_rate <= MAX_RATE:
             raise ConfigError(
@@ -117,6 +119,7 @@ class Stream:
             endpoint,
             words=bundle.word_rules(decoder),
             voice=voice,
+            finishing=finishing,
         )
         self.done = False
         self._model_rate = bundle.sample_rate

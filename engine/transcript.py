@@ -9,6 +9,7 @@ from copy import copy
 from loquent.engine.decode import Frame, Token
 from loquent.engine.endpoint import Endpointer, EndpointRules, Hearing
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Reason, Word
+from loquent.engine.finish import Finishing
 from loquent.engine.text import Hypothesis
 from loquent.engine.words import PLAIN, WordRules
 
@@ -58,6 +59,7 @@ class Transcript:
         rules: when a segment ends.
         words: from tokens to times and confidences.
         voice: a voice activity detector's view of the stream.
+        finishing: writes the finals' text; None leaves it as the words are.
 
     Attributes:
         pending: tokens that a beam search may still change, behind all that were accepted.
@@ -72,6 +74,7 @@ class Transcript:
         rules: EndpointRules | None,
         words: WordRules = PLAIN,
         voice: Hearing | None = None,
+        finishing: Finishing | None = None,
     ) -> None:
         self.limit = math.inf
         self.pending: tuple[Token, ...] = ()
@@ -79,6 +82,7 @@ class Transcript:
         self._heard = 0.0  # seconds; what a word may last beyond its last token is not yet heard
         self._hypothesis = Hypothesis(pieces, frame_seconds, words)
         self._endpointer = Endpointer(rules, frame_seconds, voice)
+        self._finishing = finishing
         self._forget_encoder = False
         self._segment = 0
         self._shown = ""
@@ -145,9 +149,9 @@ class Transcript:
             )
 
     def forget_encoder(self) -> bool:
-        """Whether an endpoint since the last call asks the encoder to start anew."""
+        """Whether the encoder is to start anew: an endpoint since last time, no speech since."""
         forget, self._forget_encoder = self._forget_encoder, False
-        return forget
+        return forget and not self._endpointer.speaking
 
     def branch(self, voice: Hearing | None) -> None:
         """Frames of a flush follow, until ``finalize``, with the detector's view of them."""
@@ -189,12 +193,14 @@ class Transcript:
     def _final(self, words: tuple[Word, ...], reason: Reason) -> None:
         if not words:
             return
+        said = [word.text for word in words]
+        text = self._finishing.finish(said) if self._finishing else " ".join(said)
         self._events.append(
             Final(
                 segment=self._segment,
                 start=words[0].start,
                 end=words[-1].end,
-                text=" ".join(word.text for word in words),
+                text=text,
                 words=words,
                 reason=reason,
             )

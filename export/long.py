@@ -48,31 +48,18 @@ class Variant:
 VARIANTS = (
     Variant(name="no endpoints", rules=None),
     Variant(name="default"),
+    Variant(name="encoder kept", rules=EndpointRules(reset_encoder=False)),
     Variant(name="predictor kept", rules=EndpointRules(reset_decoder=False)),
-    Variant(name="encoder reset", rules=EndpointRules(reset_encoder=True)),
-    Variant(
-        name="encoder reset, again every 1 s",
-        rules=EndpointRules(reset_encoder=True, leading_silence=1.0),
-    ),
-    Variant(
-        name="encoder reset, again every 0.4 s",
-        rules=EndpointRules(reset_encoder=True, leading_silence=0.4),
-    ),
-    Variant(name="silence 0.4 s", rules=EndpointRules(trailing_silence=0.4)),
-    Variant(
-        name="silence 0.4 s, encoder reset",
-        rules=EndpointRules(reset_encoder=True, trailing_silence=0.4, leading_silence=1.0),
-    ),
-    Variant(name="silence 2 s", rules=EndpointRules(trailing_silence=2.0)),
+    Variant(name="both kept", rules=EndpointRules(reset_decoder=False, reset_encoder=False)),
+    Variant(name="rule 1 after 5 s", rules=EndpointRules(leading_silence=5.0)),
+    Variant(name="rule 2 after 0.4 s", rules=EndpointRules(trailing_silence=0.4)),
+    Variant(name="rule 2 after 2 s", rules=EndpointRules(trailing_silence=2.0)),
 )
 VAD_VARIANTS = (
     Variant(name="vad", vad="silero"),
     Variant(
-        name="vad, encoder reset, again every 1 s",
-        rules=EndpointRules(reset_encoder=True, leading_silence=1.0),
-        vad="silero",
+        name="vad, rule 2 after 0.4 s", rules=EndpointRules(trailing_silence=0.4), vad="silero"
     ),
-    Variant(name="vad, silence 0.4 s", rules=EndpointRules(trailing_silence=0.4), vad="silero"),
 )
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from loquent.engine.batcher import Beat, Marked
+from loquent.engine.endpoint import endpoint_rules
 from loquent.engine.events import Ended, EndReason, Event, Partial
 from loquent.engine.protocol import (
     SUBPROTOCOL,
@@ -67,7 +68,12 @@ class NativeSession(WireSession):
         command = self._protocol.receive(message)
         if isinstance(command, Start):
             self.resumable = bool(command.resume)
-            return [Open(start=command)]
+            rules = endpoint_rules(
+                endpoint_silence=command.endpoint_silence,
+                max_utterance=command.max_utterance,
+                leading_silence=command.leading_silence,
+            )
+            return [Open(start=command, endpoint=rules)]
         return [command]
 
     def ready(self, ready: Ready) -> Actions:
