@@ -130,6 +130,10 @@ class Endpointer:
         """A new segment begins; ``first`` is the frame where it does if it has one already."""
         self._first = first
 
+    def renew(self, frame: int) -> None:
+        """From here on as a new stream's: silence counts from behind ``frame``."""
+        self._first, self._last = None, frame
+
     def begin(self, first: int) -> None:
         """The segment so far was said; if it had speech, that of the new one counts from here."""
         if self._first is not None:

@@ -169,6 +169,11 @@ class Stream:
         return max(self._position, min(self._chunker.start * self._hop / self._model_rate, most))
 
     @property
+    def fresh(self) -> bool:
+        """Whether the encoder is as new: none of the audio so far matters to what follows."""
+        return self.encoder_state is self._fresh
+
+    @property
     def wants_audio(self) -> bool:
         """False while enough audio waits: pause reading until the recogniser has caught up."""
         return self._ring.wants_audio and not self._closed and len(self._marks) < _MOST_MARKS

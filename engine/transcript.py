@@ -84,6 +84,7 @@ class Transcript:
         self._endpointer = Endpointer(rules, frame_seconds, voice)
         self._finishing = finishing
         self._forget_encoder = False
+        self._frame = -1  # the last one heard
         self._segment = 0
         self._shown = ""
         self._since = 0.0  # start of what was last shown
@@ -106,6 +107,7 @@ class Transcript:
     def accept(self, frames: Sequence[Frame]) -> None:
         """Take the frames that follow."""
         for frame in frames:
+            self._frame = frame.number
             self._heard = round((frame.number + 1) * self._frame_seconds, 3)
             if self._branch is not None:
                 self._branch += frame.tokens
@@ -150,8 +152,11 @@ class Transcript:
 
     def forget_encoder(self) -> bool:
         """Whether the encoder is to start anew: an endpoint since last time, no speech since."""
-        forget, self._forget_encoder = self._forget_encoder, False
-        return forget and not self._endpointer.speaking
+        forget = self._forget_encoder and not self._endpointer.speaking
+        self._forget_encoder = False
+        if forget:
+            self._endpointer.renew(self._frame)
+        return forget
 
     def branch(self, voice: Hearing | None) -> None:
         """Frames of a flush follow, until ``finalize``, with the detector's view of them."""

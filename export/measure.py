@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loquent.engine.errors import LoquentError
 from loquent.engine.recognizer import DEFAULT_CHUNK_MS, Recognizer
-from loquent.export import long
+from loquent.export import hours, long
 from loquent.models.data import DataError, read_manifest
 
 
@@ -39,7 +39,35 @@ def _endpoints(argv: Sequence[str]) -> None:
         print(json.dumps({"decoder": decoder, "rows": {name: asdict(t) for name, t in rows}}))
 
 
-TABLES: Mapping[str, Callable[[Sequence[str]], None]] = {"endpoints": _endpoints}
+def _hours(argv: Sequence[str]) -> None:
+    parser = _parser("hours", hours.__doc__)
+    parser.add_argument("--hours", type=float, default=8.0, help="of audio (default: 8)")
+    parser.add_argument("--parts", type=int, default=40, help="to hear again (default: 40)")
+    parser.add_argument("--vad", choices=["silero"])
+    args = parser.parse_args(argv)
+    recognizer = Recognizer.load(args.bundle)
+    rate = recognizer.bundle.sample_rate
+    recordings = long.join(
+        read_manifest(args.manifest)[: args.limit], sample_rate=rate, seed=args.seed
+    )
+    for decoder in args.decoder or [recognizer.bundle.default_decoder]:
+        run = hours.listen(
+            recognizer,
+            [recording.pcm for recording in recordings],
+            hours=args.hours,
+            decoder=decoder,
+            chunk_ms=args.chunk_ms,
+            vad=args.vad,
+            parts=args.parts,
+        )
+        print(f"\n{decoder}, chunks of {args.chunk_ms:g} ms\n\n{hours.table(run)}")
+        print(json.dumps({"decoder": decoder, "run": asdict(run)}))
+
+
+TABLES: Mapping[str, Callable[[Sequence[str]], None]] = {
+    "endpoints": _endpoints,
+    "hours": _hours,
+}
 
 
 def _parser(name: str, description: str | None) -> argparse.ArgumentParser:
