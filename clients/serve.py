@@ -116,6 +116,26 @@ def parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("limits", "0 stands for no limit; times in seconds")
     for flag, kind, value, text in (
         ("--max-sessions", positive_int, default.max_sessions, "clients at the same time"),
+        (
+            "--max-load",
+            non_negative_float,
+            default.max_load,
+            "share of the recogniser's time, measured, from which on nobody more is let in",
+        ),
+        (
+            "--max-waiting",
+            non_negative_int,
+            default.max_waiting,
+            f"requests that wait, for up to {default.wait_timeout:g} s, until there is a place",
+        ),
+        ("--max-batch", positive_int, default.max_batch, "streams in one step"),
+        (
+            "--resume-timeout",
+            non_negative_float,
+            default.resume_timeout,
+            "that a session which asked for it waits for its client after a lost connection",
+        ),
+        ("--max-parked", non_negative_int, default.max_parked, "sessions that wait so at a time"),
         ("--sessions-per-key", non_negative_int, limits.sessions_per_key, "of one key's name"),
         (
             "--sessions-per-address",
@@ -222,6 +242,11 @@ def server_config(options: argparse.Namespace) -> ServerConfig:
         port=options.port,
         chunk_ms=options.chunk_ms,
         max_sessions=options.max_sessions,
+        max_load=options.max_load,
+        max_waiting=options.max_waiting,
+        max_batch=options.max_batch,
+        resume_timeout=options.resume_timeout,
+        max_parked=options.max_parked,
         page=files("loquent.clients") / "web",
         record=options.record,
         bare=options.bare,

@@ -423,16 +423,15 @@ class Batcher:
         """The stream's chunk."""
         return self._recognizer.bundle.milliseconds(stream.segment) / 1000
 
-    def load(self, extra: float | None = None) -> float:
+    def load(self, extra: float = 0.0, count: int = 0) -> float:
         """Share of the worker's time that the streaming sessions need, as measured.
 
         Args:
-            extra: seconds of a chunk of one more session.
+            extra: seconds of a chunk of `count` more sessions.
         """
         now = time.monotonic()
         streams = Counter(lane.chunk for lane in self._lanes if now < lane._fed_at + _ACTIVE)
-        if extra is not None:
-            streams[extra] += 1
+        streams[extra] += count
         return self.meter.load(streams, self._max_batch)
 
     def remove(self, lane: Lane) -> None:
@@ -500,7 +499,8 @@ class Batcher:
         recognizer = self._recognizer
         for batch in (1, 8):
             streams = [recognizer.stream(chunk_ms=chunk_ms) for _ in range(batch)]
-            noise = np.random.default_rng(0).normal(0, 0.05, 4 * streams[0].sample_rate)
+            seconds = max(1.0, 2.5 * chunk_ms / 1000)
+            noise = np.random.default_rng(0).normal(0, 0.05, int(seconds * streams[0].sample_rate))
             for stream in streams:
                 stream.accept(noise.astype(np.float32))
             while all(stream.ready for stream in streams):

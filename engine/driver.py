@@ -105,6 +105,11 @@ class Session:
         self._heir: tuple[Session, int] | None = None
 
     @property
+    def id(self) -> str:
+        """Its name in the log."""
+        return self._id
+
+    @property
     def parked(self) -> bool:
         """Whether the session waits for its client."""
         return self._back is not None

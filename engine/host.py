@@ -10,13 +10,15 @@ import secrets
 import ssl
 import time
 from collections.abc import Collection, Mapping
+from http import HTTPStatus
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loquent.engine import web
+from loquent.engine.admission import Line
 from loquent.engine.auth import Keys
-from loquent.engine.batcher import Batcher
+from loquent.engine.batcher import MAX_BATCH, Batcher
 from loquent.engine.gate import Gate, Visitor
 from loquent.engine.limits import Limits
 from loquent.engine.metrics import Metrics
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from loquent.engine.driver import Session
 
 logger = logging.getLogger(__name__)
+
+# Seconds after which a client that got no place may ask again.
+RETRY_AFTER = 5
+# No more sessions while chunks wait longer than this for their results, in seconds.
+MAX_DELAY = 0.3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,10 @@ class ServerConfig:
     how long a client may say nothing. send_timeout: how long it may leave a message unread.
     drain_timeout: how long sessions may take to finish when the server is stopped. resume_timeout:
     how long a session that asked for it waits for its client after the connection was lost;
-    max_parked: how many wait at a time, beside max_sessions that are connected.
+    max_parked: how many wait at a time, beside max_sessions that are connected. max_load: no more
+    sessions from the share of the recogniser's time on that those there need, as measured; 0 for no
+    such limit. max_waiting, wait_timeout: how many requests wait for a place, and for how long.
+    max_batch: streams in one step.
     """
 
     host: str = "127.0.0.1"
@@ -67,15 +77,21 @@ class ServerConfig:
     drain_timeout: float = 10.0
     resume_timeout: float = 60.0
     max_parked: int = 64
+    max_load: float = 0.85
+    max_waiting: int = 16
+    wait_timeout: float = 5.0
+    max_batch: int = MAX_BATCH
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A session that a request was granted: its id, its protocol and whose it is."""
+    """A session that a request was granted: its id, its protocol, whose it is, and whether a web
+    page asked for it."""
 
     session: str
     wire: WireSession
     visitor: Visitor
+    page: bool = False
 
 
 class Host:
@@ -85,7 +101,15 @@ class Host:
         self.recognizer = recognizer
         self.config = config or ServerConfig()
         self.metrics = Metrics(recognizer.bundle.name)
-        self.batcher = Batcher(recognizer, observer=self.metrics)
+        self.batcher = Batcher(
+            recognizer,
+            max_batch=self.config.max_batch,
+            chunk_ms=self.config.chunk_ms if self.config.max_load else None,
+            observer=self.metrics,
+        )
+        self._line = Line(
+            self._full, length=self.config.max_waiting, patience=self.config.wait_timeout
+        )
         self._gate = Gate(
             keys=self.config.keys,
             limits=self.config.limits,
@@ -136,14 +160,42 @@ class Host:
             now=time.time(),
         )
         wire = open_session(handshake, context, bare=self.config.bare)
-        return Opened(session=context.session, wire=wire, visitor=visitor)
+        return Opened(
+            session=context.session,
+            wire=wire,
+            visitor=visitor,
+            page="origin" in handshake.headers,
+        )
+
+    async def admit(self, opened: Opened) -> None:
+        """Wait for a place. Raises Refused with 503.
+
+        A page cannot see why a WebSocket was refused, so it is let in to be told, by `run`.
+        """
+        why = await self._line.enter(opened.session)
+        if why is not None and not opened.page:
+            self.metrics.refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, why, {"Retry-After": str(RETRY_AFTER)})
+
+    def _full(self, granted: int) -> str | None:
+        if self.draining:
+            return "this server is stopping; try another"
+        config = self.config
+        if self.connected + granted >= config.max_sessions:
+            return f"all {config.max_sessions} sessions of this server are taken; try later"
+        if config.max_load and self.connected:
+            load = self.batcher.load(extra=config.chunk_ms / 1000, count=granted + 1)
+            if load > config.max_load or self.batcher.meter.delay > MAX_DELAY:
+                return (
+                    f"this server has as much to do as it can ({self.connected} sessions, load "
+                    f"{load:.2f} with one more); try later"
+                )
+        return None
 
     async def run(self, session: Session) -> None:
         """Serve a client until either side is done."""
-        if self.connected >= self.config.max_sessions:
-            limit = self.config.max_sessions
-            busy = WireError("busy", f"all {limit} sessions of this server are taken; try later")
-            await session.fail(busy)
+        if (why := self._line.take(session.id)) is not None:
+            await session.fail(WireError("busy", why, retry_after=RETRY_AFTER))
             return
         self.sessions.add(session)
         try:
@@ -215,10 +267,10 @@ class Host:
 
     @property
     def status(self) -> str:
-        """``ok``, ``full`` (of sessions) or ``draining`` (it is being stopped)."""
+        """``ok``, ``full`` (of sessions or of work) or ``draining`` (it is being stopped)."""
         if self.draining:
             return "draining"
-        return "full" if len(self.sessions) >= self.config.max_sessions else "ok"
+        return "ok" if self._full(0) is None else "full"
 
     def health(self) -> dict[str, Any]:
         """For ``/healthz`` and ``/readyz``."""
@@ -227,4 +279,5 @@ class Host:
             "bundle": self.recognizer.bundle.name,
             "sessions": len(self.sessions),
             "max_sessions": self.config.max_sessions,
+            "load": round(self.batcher.load(), 3),
         }

@@ -124,11 +124,15 @@ TRANSITIONS: Const[Mapping[State, Mapping[Signal, State]]] = {
 
 
 class WireError(ProtocolError):
-    """A session that cannot go on: `code` is the wire's, `close_code` the WebSocket's."""
+    """A session that cannot go on: `code` is the wire's, `close_code` the WebSocket's.
 
-    def __init__(self, code: Code, message: str) -> None:
+    `retry_after` is in seconds, where it makes sense to try again.
+    """
+
+    def __init__(self, code: Code, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.code: Code = code
+        self.retry_after = retry_after
 
     @property
     def close_code(self) -> int:
@@ -339,7 +343,10 @@ class ServerProtocol:
         known = as_wire_error(error)
         if Signal.ERROR in TRANSITIONS[self.state]:
             self._signal(Signal.ERROR)
-        text = json.dumps({"type": "error", "code": known.code, "message": str(known)})
+        fields: dict[str, Any] = {"type": "error", "code": known.code, "message": str(known)}
+        if known.retry_after is not None:
+            fields["retry_after"] = known.retry_after
+        text = json.dumps(fields)
         return text, known.close_code
 
     def lost(self) -> None:

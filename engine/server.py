@@ -65,6 +65,8 @@ class Server:
                 compression=None,
                 # A little above our own limit, so that most oversized messages get our own answer.
                 max_size=2 * MAX_MESSAGE,
+                # Messages that may wait for us, beside those that the kernel holds.
+                max_queue=4,
                 # While a client's audio backs up its pongs wait behind it, so a missing pong says
                 # nothing; the idle and the send timeout find the dead.
                 ping_interval=None,
@@ -103,11 +105,13 @@ class Server:
         """How many sessions are open."""
         return len(self.host.sessions)
 
-    def _process_request(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _process_request(
+        self, connection: ServerConnection, request: Request
+    ) -> Response | None:
         path = request.path.partition("?")[0]
         method = getattr(request, "method", "GET")  # older websockets know only GET
         if is_wire(path) and request.headers.get("Upgrade") is not None:
-            return self._open(connection, request)
+            return await self._open(connection, request)
         if method not in ("GET", "HEAD"):
             return web.respond_text(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET works here.")
         if is_wire(path) and path != "/":
@@ -122,12 +126,13 @@ class Server:
             return web.respond_json(status, self.host.health(), head=head)
         return web.static_file(self.config.page, path, head=head)
 
-    def _open(self, connection: ServerConnection, request: Request) -> Response | None:
+    async def _open(self, connection: ServerConnection, request: Request) -> Response | None:
         """Make the session that a WebSocket request asks for, or say why there is none."""
         assert isinstance(connection, _Connection), "made by create_connection"
         headers = _headers(request)
         try:
             connection.opened = self.host.open(connection.peer, request.path, headers)
+            await self.host.admit(connection.opened)
         except Refused as refused:
             response = web.respond_text(refused.status, str(refused))
             response.headers.update(refused.headers)
