@@ -55,6 +55,9 @@ COMMANDS: Mapping[str, Command] = {
     "finish": Command(
         "loquent.models.finish:main", "casing and punctuation from text: learn, measure", "train"
     ),
+    "recipe": Command(
+        "loquent.export.recipe:main", "everything from speech to an evaluated model", "export"
+    ),
     "export": Command("loquent.export.cli:main", "turn a checkpoint into a bundle", "export"),
     "import": Command(
         "loquent.export.importer:main", "make a bundle of torchaudio's Emformer RNN-T", "export"
