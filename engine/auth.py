@@ -109,6 +109,11 @@ class Keys:
         return cls.parse(lines, "LOQUENT_API_KEYS")
 
 
+def same_key(given: str, expected: str) -> bool:
+    """Whether two keys are one; takes the same time either way."""
+    return hmac.compare_digest(_digest(given), _digest(expected))
+
+
 def check_private(path: Path) -> None:
     """Raises ConfigError where strangers may read a file or its group may write to it."""
     mode = stat.S_IMODE(path.stat().st_mode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hmac
 import logging
 import secrets
 import ssl
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loquent.engine import web
 from loquent.engine.admission import Line
-from loquent.engine.auth import Keys
+from loquent.engine.auth import Keys, same_key
 from loquent.engine.batcher import MAX_BATCH, Batcher
 from loquent.engine.gate import Gate, Visitor
 from loquent.engine.limits import Limits
@@ -255,9 +254,7 @@ class Host:
         handshake = Handshake(path="/metrics", headers=headers)
         if (token := self.config.metrics_token) is None:
             return web.is_loopback(self._gate.address_of(peer, handshake))
-        return any(
-            hmac.compare_digest(given.encode(), token.encode()) for given in handshake.credentials
-        )
+        return any(same_key(given, token) for given in handshake.credentials)
 
     async def _watch(self) -> None:
         while True:

@@ -57,7 +57,8 @@ def respond(status: HTTPStatus, body: bytes, content_type: str, *, head: bool = 
 
 def respond_text(status: HTTPStatus, text: str) -> Response:
     """A short plain answer, one line."""
-    return respond(status, f"{text}\n".encode(), "text/plain; charset=utf-8")
+    # Raw bytes of a header are lone surrogates here.
+    return respond(status, f"{text}\n".encode(errors="replace"), "text/plain; charset=utf-8")
 
 
 def respond_json(status: HTTPStatus, fields: Mapping[str, object], *, head: bool) -> Response:

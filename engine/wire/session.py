@@ -100,6 +100,8 @@ class Handshake:
     @classmethod
     def parse(cls, target: str, headers: Mapping[str, str]) -> Handshake:
         """From a request's target and its headers, names in lower case. Raises Refused."""
+        if not target.isascii():  # raw bytes, which could not be sent back as text
+            raise Refused(HTTPStatus.BAD_REQUEST, "An address is ASCII; quote the rest with %.")
         try:
             url = urlsplit(target)
             query = parse_qs(url.query, keep_blank_values=True, max_num_fields=MAX_FIELDS)

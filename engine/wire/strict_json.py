@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from typing import Any, NoReturn
 
 MAX_DEPTH = 16
 MAX_NUMBER = 64  # characters
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_object(text: str, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
@@ -14,7 +17,7 @@ def parse_object(text: str, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
 
     Raises:
         ValueError: no JSON; no object; nested deeper than `max_depth`; a name twice in one object;
-            a number of more than 64 characters, NaN or infinity.
+            a number of more than 64 characters, NaN or infinity; half of a surrogate pair.
     """
     try:
         value = json.loads(
@@ -28,8 +31,17 @@ def parse_object(text: str, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
         raise ValueError(f"nested deeper than {max_depth} levels") from None
     if not isinstance(value, dict):
         raise ValueError(f"JSON of type {type(value).__name__}, expected an object")
+    if _deeper(value, max_depth):
+        raise ValueError(f"nested deeper than {max_depth} levels")
+    # Half a surrogate pair is no character, and could not be sent back.
+    if "\\u" in text and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("half of a surrogate pair in a string")
+    return value
+
+
+def _deeper(value: dict[str, Any], depth: int) -> bool:
     level: list[Any] = [value]
-    for _ in range(max_depth):
+    for _ in range(depth):
         level = [
             item
             for part in level
@@ -37,15 +49,15 @@ def parse_object(text: str, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
             if isinstance(item, dict | list)
         ]
         if not level:
-            return value
-    raise ValueError(f"nested deeper than {max_depth} levels")
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for at, name in enumerate(names) if name in names[:at])
+        count = Counter(name for name, _ in pairs)
+        twice = next(name for name in count if count[name] > 1)
         raise ValueError(f"the name {twice[:40]!r} twice in one object")
     return fields
 

@@ -342,3 +342,23 @@ async def test_sessions_behind_a_proxy_count_by_client(tiny: Recognizer) -> None
             await talk(url, additional_headers=headers)
         assert caught.value.response.status_code == 429
         await talk(url, START, END, additional_headers={"X-Forwarded-For": "192.0.2.2"})
+
+
+@pytest.mark.parametrize(
+    ("lines", "answer"),
+    [
+        (b"GET /v1/listen?\xff=1 HTTP/1.1\r\nUpgrade: websocket", b""),
+        (b"GET /v1/listen?%ff=1 HTTP/1.1\r\nUpgrade: websocket", b"HTTP/1.1 401"),
+        (b"GET /v1/stream HTTP/1.1\r\nUpgrade: websocket\r\nOrigin: http://\xff", b"HTTP/1.1 403"),
+        (b"GET /v1/stream HTTP/1.1\r\nUpgrade: websocket\r\nApi-Key: \xff", b"HTTP/1.1 401"),
+        (b"GET /metrics HTTP/1.1\r\nAuthorization: Bearer \xff", b"HTTP/1.1 401"),
+    ],
+)
+async def test_raw_bytes_in_a_request(tiny: Recognizer, lines: bytes, answer: bytes) -> None:
+    async with serving(tiny, keys=KEYS, metrics_token=KEY) as (server, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(lines + b"\r\nHost: localhost\r\n\r\n")
+        assert (await reader.readline())[:12] == answer
+        writer.close()
+    with pytest.raises(Refused, match="ASCII"):
+        Handshake.parse("/v1/listen?\udcff=1", {})

@@ -765,6 +765,7 @@ def page(tmp_path: Path) -> Path:
         (root / name).write_text(text)
     (tmp_path / "secret.txt").write_text("secret")
     (root / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (root / "folder").symlink_to(tmp_path, target_is_directory=True)
     return root
 
 
@@ -818,6 +819,13 @@ async def test_the_page(tiny: Recognizer, page: Path) -> None:
         "/c:/secret.txt",
         "/index.html%00.js",
         "/link.txt",
+        "/%2fetc%2fpasswd",
+        "/%252e%252e/secret.txt",
+        "/%c0%ae%c0%ae/secret.txt",
+        "/sub%00/../../secret.txt",
+        "/folder/secret.txt",
+        "/..;/secret.txt",
+        "/\\..\\secret.txt",
         "/" + "a/" * 2000,
         "/" + "a" * 5000,
     ],

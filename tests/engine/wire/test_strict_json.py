@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -44,11 +45,26 @@ def test_objects_come_through(fields: dict[str, object]) -> None:
         ('{"a": ' + "[" * 100_000, "nested deeper"),
         ('{"a": ' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}", "nested deeper"),
         ('{"a": 1} x', "Extra data"),
+        ('{"a": ["\\ud83d"]}', "half of a surrogate pair"),
+        ('{"\\ude00": 1}', "half of a surrogate pair"),
     ],
 )
 def test_mistakes_are_told(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse_object(text)
+
+
+def test_a_whole_pair_is_a_character() -> None:
+    assert parse_object('{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+
+
+def test_many_names_of_which_one_comes_twice() -> None:
+    """Looking for it must not take time by the square of their number."""
+    names = [f'"{number}": 0' for number in range(80_000)]
+    began = time.process_time()
+    with pytest.raises(ValueError, match="'79999' twice"):
+        parse_object("{" + ", ".join([*names, names[-1]]) + "}")
+    assert time.process_time() - began < 5
 
 
 def test_the_deepest_that_is_allowed() -> None:
