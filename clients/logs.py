@@ -31,9 +31,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields)
 
 
+def _one_line(record: logging.LogRecord) -> bool:
+    """What a client sent, quoted in a message, must not look like a line of its own."""
+    record.msg = "".join(
+        char if char.isprintable() else f"\\x{ord(char):02x}" for char in record.getMessage()
+    )
+    record.args = None
+    return True
+
+
 def set_up(*, format: str, level: str) -> None:
     """Send the log to stderr."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_one_line)
     text = logging.Formatter(
         "%(asctime)s %(levelname)s %(name)s [%(session)s]: %(message)s", defaults={"session": "-"}
     )

@@ -274,6 +274,7 @@ class Host:
         return {
             "status": self.status,
             "bundle": self.recognizer.bundle.name,
+            "keys": bool(self.config.keys),
             "sessions": len(self.sessions),
             "max_sessions": self.config.max_sessions,
             "load": round(self.batcher.load(), 3),

@@ -38,8 +38,8 @@ BURST_AUDIO = 30.0
 # Packets of 5 ms and longer are never too many, however fast a recording is sent.
 MESSAGES_PER_AUDIO = 200.0
 BURST_MESSAGES = 2000.0
-# 48 kHz float32 in base64 is 256 kB for a second.
-BYTES_PER_AUDIO = 512e3
+# Sixteen channels of 48 kHz float32 are 3 MB for a second.
+BYTES_PER_AUDIO = 4e6
 BYTES_PER_SECOND = 1e6
 BURST_BYTES = 32e6
 

@@ -20,6 +20,7 @@ let session = null;
 let clockStart = Infinity; // when the first sample was heard, in ms; the least late packet tells best
 let silentSince = null; // seconds recorded when digital silence began
 let delays = [];
+let asksForKey = false; // the server, for sessions
 let farewell = ""; // why the recording ended, where it was not the person who ended it
 
 // What the state is called, what the button does, and whether the choices may be changed.
@@ -82,7 +83,7 @@ const listener = {
         notice(
           detail.busy
             ? "The server has as many sessions as it can take. What you say is kept for up to a minute and captioned as soon as there is room."
-            : `The server at ${streamUrl.host} does not answer. What you say is kept for up to a minute and captioned as soon as it is back.`,
+            : `The server at ${streamUrl.host} does not answer${asksForKey ? ", or does not know this key" : ""}. What you say is kept for up to a minute and captioned as soon as it is back.`,
         );
         break;
       }
@@ -145,8 +146,18 @@ function measure(end) {
 
 // Recording.
 
+/** The key in the page's own address, which browsers keep to themselves: /#key=... */
+const apiKey = () => new URLSearchParams(location.hash.slice(1)).get("key");
+
 async function start() {
   notice("");
+  if (asksForKey && !/^[\w.~-]+$/.test(apiKey() ?? "")) {
+    notice(
+      "This server asks for an API key. Add #key= and your key (letters, digits and . _ ~ - only) to the address of this page, then press Start.",
+    );
+    show("failed", "No key");
+    return;
+  }
   farewell = "";
   delays = [];
   clockStart = Infinity;
@@ -171,7 +182,7 @@ async function start() {
   captions.divide();
   const options = { chunk_ms: Number(chosen("chunk")) };
   if (chosen("decoder") !== "") options.decoder = chosen("decoder");
-  session = new Session(streamUrl.href, options, listener);
+  session = new Session(streamUrl.href, options, listener, apiKey());
 }
 
 async function stop() {
@@ -303,7 +314,10 @@ for (const input of document.querySelectorAll("input[type=radio]")) {
 async function greet() {
   try {
     const answer = await fetch("healthz");
-    if (answer.ok) showLanguage((await answer.json()).bundle);
+    if (!answer.ok) return;
+    const server = await answer.json();
+    showLanguage(server.bundle);
+    asksForKey = server.keys;
   } catch {
     // Start says it, with what to do
   }

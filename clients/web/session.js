@@ -13,6 +13,7 @@ const PUMP_MS = 100;
 
 export class Session {
   #url;
+  #protocols;
   #options;
   #listener;
   #backlog = new Backlog(WAITING_SECONDS * RATE, REPLAY_SECONDS * RATE);
@@ -30,9 +31,12 @@ export class Session {
    * @param {string} url of the WebSocket
    * @param {{chunk_ms: number, decoder?: string}} options for the server
    * @param {object} listener with state(name, detail), ready(message), partial(message), final(message)
+   * @param {?string} key where the server asks for one
    */
-  constructor(url, options, listener) {
+  constructor(url, options, listener, key = null) {
     this.#url = url;
+    // The only place of a request in which a browser lets a page put a key, but for the address.
+    this.#protocols = key === null ? ["loquent.v1"] : ["loquent.v1", "token", key];
     this.#options = options;
     this.#listener = listener;
     this.#connect();
@@ -69,7 +73,7 @@ export class Session {
   #connect() {
     this.#listener.state("connecting", { attempt: this.#attempt });
     this.#refusal = null;
-    const socket = new WebSocket(this.#url);
+    const socket = new WebSocket(this.#url, this.#protocols);
     socket.binaryType = "arraybuffer";
     this.#socket = socket;
     socket.onopen = () => {

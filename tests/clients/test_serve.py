@@ -175,7 +175,7 @@ def test_json_logs_are_one_object_a_line(
         logging.root.setLevel(level)
     first, second, plain, bare = capsys.readouterr().err.splitlines()
     fields = json.loads(first)
-    assert (fields["message"], fields["session"]) == ("said this\nand more", "abc")
+    assert (fields["message"], fields["session"]) == ("said this\\x0aand more", "abc")
     assert datetime.fromisoformat(fields["time"]).tzinfo is not None
     assert (fields["level"], fields["logger"]) == ("info", "loquent.test")
     assert "ValueError: bad" in json.loads(second)["error"]

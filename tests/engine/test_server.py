@@ -854,6 +854,7 @@ async def test_health(tiny: Recognizer) -> None:
         assert health == {
             "status": "ok",
             "bundle": "tiny",
+            "keys": False,
             "sessions": 1,
             "max_sessions": 5,
         }

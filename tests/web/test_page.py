@@ -121,6 +121,29 @@ def test_captions_while_the_audio_plays_and_the_same_text_as_transcribe(
     assert alike > 0.8, f"{shown} is not what is said in the clip"
 
 
+def test_a_server_that_asks_for_keys(serve: Serve, browse: Browse, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("alice correct-horse-battery\n")
+    (tmp_path / "keys").chmod(0o600)
+    server = serve("--port", "0", "--keys-file", str(tmp_path / "keys"))
+    with browse() as browser:
+        watched = Watched(browser, server.url)
+        watched.page.wait_for_load_state("networkidle")
+        watched.press()
+        watched.wait("failed")
+        expect(watched.page.locator("#notice")).to_contain_text("#key=")
+        watched.page.goto(f"{server.url}#key=correct-horse-battery")
+        watched.page.reload()
+        watched.page.wait_for_load_state("networkidle")
+        watched.press()
+        watched.wait("live")
+        watched.page.wait_for_selector("#live:not([hidden])", state="attached")
+        watched.press()
+        watched.wait("idle")
+        assert watched.complaints == []
+    assert server.end() == 0
+    assert "correct-horse" not in "".join(server.log)
+
+
 def test_a_killed_server_costs_no_words(
     serve: Serve, browse: Browse, transcribe: Transcribe, clip: Path, tmp_path: Path
 ) -> None:
