@@ -17,7 +17,7 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -32,6 +32,7 @@ from websockets.typing import Subprotocol
 
 from loquent.engine.errors import ProtocolError
 from loquent.engine.events import Ended, Event, Finalized
+from loquent.engine.hotwords import Hotword
 from loquent.engine.protocol import (
     END,
     FINALIZE,
@@ -40,6 +41,7 @@ from loquent.engine.protocol import (
     Progress,
     Ready,
     Resume,
+    SetHotwords,
     Standing,
     Start,
     WireError,
@@ -79,6 +81,7 @@ class Session:
         self._kept: deque[tuple[int, bytes]] = deque()  # audio with the sample that it begins at
         self._finalizes: deque[int] = deque()  # samples sent before each that is not answered
         self._finalized = 0
+        self._hotwords: str | None = None  # as they were last changed
         self._ended = False
         self._room = asyncio.Event()
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -98,6 +101,11 @@ class Session:
     async def finalize(self) -> None:
         """Settle all that was sent so far; `Finalized` comes once it is."""
         await self._send(FINALIZE)
+
+    async def set_hotwords(self, hotwords: Sequence[Hotword]) -> None:
+        """Lean towards these phrases instead, from the next chunk on."""
+        self._hotwords = SetHotwords(hotwords=tuple(hotwords)).encode()
+        await self._send(self._hotwords)
 
     async def end(self) -> None:
         """All audio is sent."""
@@ -190,7 +198,7 @@ class Session:
             self._sent += len(message) // self._dtype.itemsize
         elif message == FINALIZE:
             self._finalizes.append(self._sent)
-        else:
+        elif message == END:
             self._ended = True
 
     async def _come_back(self) -> None:
@@ -222,6 +230,8 @@ class Session:
         pieces.extend((at, FINALIZE) for at in unknown)
         # A call of finalize comes before the audio that begins where it was made.
         pieces.sort(key=lambda piece: (piece[0], isinstance(piece[1], bytes)))
+        if self._hotwords and not standing.ended:
+            await self._connection.send(self._hotwords)  # which the server may have or not
         for _, piece in pieces:
             await self._connection.send(piece)
         if self._ended and not standing.ended:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from loquent.engine.bundle import DECODERS
 from loquent.engine.endpoint import EndpointRules, endpoint_rules
+from loquent.engine.errors import ConfigError
+from loquent.engine.hotwords import DEFAULT_BOOST, Hotword
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.session import DEVICES, Device
 from loquent.engine.stream import Stream
@@ -50,7 +53,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_decoder_options(parser: argparse.ArgumentParser) -> None:
-    """--decoder, --blank-penalty, --lm-weight."""
+    """--decoder, --blank-penalty, --lm-weight, --hotword, --hotwords."""
     parser.add_argument(
         "--decoder", choices=DECODERS, help="how to decode (default: as the bundle says)"
     )
@@ -67,6 +70,28 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
         help="how much the language model of a beam search counts, 0: not at all (default: as the "
         "bundle says)",
     )
+    parser.add_argument(
+        "--hotword",
+        action="append",
+        default=[],
+        metavar="PHRASE[:BOOST]",
+        help="a name or term to expect, in any casing; may be repeated; a boost of 1 to 3 is usual "
+        f"(default: {DEFAULT_BOOST:g})",
+    )
+    parser.add_argument(
+        "--hotwords", metavar="FILE", help="a text file with a PHRASE[:BOOST] on each line"
+    )
+
+
+def hotwords_of(options: argparse.Namespace) -> tuple[Hotword, ...]:
+    """What --hotword and --hotwords name. Raises ConfigError."""
+    lines = list(options.hotword)
+    if options.hotwords is not None:
+        try:
+            lines += Path(options.hotwords).read_text("utf-8-sig").splitlines()
+        except UnicodeDecodeError as exc:
+            raise ConfigError(f"{options.hotwords}: got a file that is not UTF-8 ({exc})") from exc
+    return tuple(Hotword.parse(line) for line in lines if line.strip())
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +149,7 @@ def open_stream(recognizer: Recognizer, options: argparse.Namespace, sample_rate
         ),
         vad=options.vad,
         finish=options.finish,
+        hotwords=hotwords_of(options),
     )
 
 

@@ -17,6 +17,7 @@ from loquent.clients.options import (
     CHUNK_MS,
     add_decoder_options,
     add_session_options,
+    hotwords_of,
     make_parser,
     non_negative_float,
     positive_int,
@@ -147,6 +148,7 @@ async def _run(options: argparse.Namespace) -> None:
         max_utterance=options.max_utterance,
         vad=options.vad,
         finish=options.finish or None,
+        hotwords=hotwords_of(options) or None,
     )
     timeline = Timeline()
     async with connect(options.url, start) as session:

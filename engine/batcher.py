@@ -34,8 +34,9 @@ import numpy as np
 
 from loquent.engine.errors import BufferFull
 from loquent.engine.events import Event, Partial
+from loquent.engine.hotwords import Hotword
 from loquent.engine.load import LoadMeter
-from loquent.engine.protocol import Finalize, Pcm, Progress
+from loquent.engine.protocol import Finalize, Pcm, Progress, SetHotwords
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.stream import Stream, as_float32
 
@@ -74,7 +75,7 @@ _MARK = Marked()
 _BEAT = Beat()
 Update = tuple[Event | Marked, Progress]
 # What waits for the worker, in order: audio, and marks and calls of `finalize` in between.
-Inbox = deque[Pcm | Marked | Finalize]
+Inbox = deque[Pcm | Marked | Finalize | SetHotwords]
 
 
 class Lane:
@@ -137,6 +138,16 @@ class Lane:
         self._inbox.append(Finalize())
         self._orders += 1
         self.finalizes += 1
+        self._batcher.wake()
+
+    async def set_hotwords(self, hotwords: Sequence[Hotword]) -> None:
+        """Other hotwords once the audio before is in the stream, see `Stream.set_hotwords`.
+
+        Waits and raises as `feed` does.
+        """
+        await self._enter()
+        self._inbox.append(SetHotwords(hotwords=tuple(hotwords)))
+        self._orders += 1
         self._batcher.wake()
 
     def finish(self) -> None:
@@ -216,7 +227,7 @@ class Lane:
         )
 
     def _take(self) -> _Job:
-        pieces, self._inbox = self._inbox, deque[Pcm | Marked | Finalize]()
+        pieces, self._inbox = self._inbox, Inbox()
         return _Job(
             lane=self,
             stream=self._stream,
@@ -317,6 +328,9 @@ class _Job:
                     break
                 elif isinstance(piece, Finalize):
                     self.stream.finalize()
+                    self.obeyed += 1
+                elif isinstance(piece, SetHotwords):
+                    self.stream.set_hotwords(piece.hotwords)
                     self.obeyed += 1
                 else:
                     self.stream.accept(piece)

@@ -35,6 +35,7 @@ from loquent.engine.protocol import (
     Finalize,
     Ready,
     Resume,
+    SetHotwords,
     Standing,
     WireError,
     as_wire_error,
@@ -330,6 +331,11 @@ class Session:
                 case Finalize():
                     assert self._lane is not None, "protocols start before they finalize"
                     await self._lane.finalize()
+                case SetHotwords(hotwords=hotwords):
+                    assert self._lane is not None, "protocols start before they change hotwords"
+                    # A long list takes some time to build, and the worker then has it at hand.
+                    await asyncio.to_thread(self._host.recognizer.hotwords, hotwords)
+                    await self._lane.set_hotwords(hotwords)
                 case End():
                     assert self._lane is not None, "protocols start before they end"
                     self._lane.finish()
@@ -339,6 +345,8 @@ class Session:
     async def _start(self, action: Open) -> None:
         start = action.start
         recognizer = self._host.recognizer
+        if start.hotwords:
+            await asyncio.to_thread(recognizer.hotwords, start.hotwords)
         stream = recognizer.stream(
             sample_rate=start.sample_rate,
             chunk_ms=start.chunk_ms if start.chunk_ms is not None else self._config.chunk_ms,
@@ -349,6 +357,7 @@ class Session:
             lm_weight=start.lm_weight,
             vad=start.vad,
             finish=bool(start.finish),
+            hotwords=start.hotwords or (),
         )
         if self._config.record is not None:
             self._recorder = await asyncio.to_thread(Recorder, self._config.record, self._id, start)

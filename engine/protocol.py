@@ -3,8 +3,9 @@
 One session is one WebSocket at ``/v1/stream``. The client sends ``start`` (text, JSON), then audio
 (binary), then ``end`` (text); the server answers ``ready``, any number of ``partial`` and
 ``final``, and ``ended``. In between, ``finalize`` (text) settles all audio sent so far: what was
-not final yet comes as a ``final``, and then, always, ``finalized``. Anything that goes wrong is one
-``error`` message and then a close code.
+not final yet comes as a ``final``, and then, always, ``finalized``; ``hotwords`` (text) replaces
+the phrases that ``start`` named, from the next chunk on. Anything that goes wrong is one ``error``
+message and then a close code.
 
 With ``"resume": true`` in ``start`` the session outlives its connection for a while. ``ready`` then
 has a secret ``token``, every event a number ``seq``, and messages say how many ``samples`` are
@@ -13,7 +14,7 @@ which sample is expected next, and the events that were missed follow. Of number
 the events were partials that a newer one has replaced.
 
     NEW --start--> CONFIGURED --audio--> STREAMING --end--> DRAINING --ended--> CLOSED
-                   --finalize-->   (both stay as they are)   (any live state) --error--> FAILED
+         --finalize, hotwords-->   (both stay as they are)   (any live state) --error--> FAILED
 
 The table below is the whole rule: a signal that it does not list for a state is an error. This
 module knows neither sockets nor clocks nor recognisers, so that every rule can be tested with
@@ -34,6 +35,7 @@ import numpy.typing as npt
 
 from loquent.engine.errors import AudioError, ConfigError, ProtocolError
 from loquent.engine.events import Ended, EndReason, Event, Final, Finalized, Partial, Word
+from loquent.engine.hotwords import DEFAULT_BOOST, MAX_PHRASES, Hotword
 from loquent.engine.wire.strict_json import parse_object
 
 VERSION: Const = 1
@@ -96,6 +98,7 @@ class Signal(enum.Enum):
     START = "start"
     AUDIO = "audio"
     FINALIZE = "finalize"
+    HOTWORDS = "hotwords"
     END = "end"
     ENDED = "ended"
     ERROR = "error"
@@ -108,12 +111,14 @@ TRANSITIONS: Const[Mapping[State, Mapping[Signal, State]]] = {
     State.CONFIGURED: {
         Signal.AUDIO: State.STREAMING,
         Signal.FINALIZE: State.CONFIGURED,
+        Signal.HOTWORDS: State.CONFIGURED,
         Signal.END: State.DRAINING,
         **_LIVE,
     },
     State.STREAMING: {
         Signal.AUDIO: State.STREAMING,
         Signal.FINALIZE: State.STREAMING,
+        Signal.HOTWORDS: State.STREAMING,
         Signal.END: State.DRAINING,
         **_LIVE,
     },
@@ -144,10 +149,11 @@ class WireError(ProtocolError):
 class Start:
     """The client's first message. What is left at None is the server's to choose.
 
-    sample_rate is in Hz, chunk_ms and right_context_ms in milliseconds; blank_penalty and lm_weight
-    as `Recognizer.stream` takes them. endpoint_silence (0: no
-    endpoints), max_utterance and leading_silence are in seconds, see `EndpointRules`. vad is
-    "silero" or nothing; finish asks for casing, punctuation and digits in the finals' text.
+    sample_rate is in Hz, chunk_ms and right_context_ms in milliseconds; blank_penalty, lm_weight
+    and hotwords as `Recognizer.stream` takes them; on the wire a hotword is a phrase, or an object
+    with ``phrase`` and ``boost``. endpoint_silence (0: no endpoints), max_utterance and
+    leading_silence are in seconds, see `EndpointRules`. vad is "silero" or nothing; finish asks for
+    casing, punctuation and digits in the finals' text.
     """
 
     sample_rate: int
@@ -158,6 +164,7 @@ class Start:
     right_context_ms: float | None = None
     blank_penalty: float | None = None
     lm_weight: float | None = None
+    hotwords: tuple[Hotword, ...] | None = None
     resume: bool | None = None  # keep the session for a while if the connection is lost
     endpoint_silence: float | None = None
     max_utterance: float | None = None
@@ -203,9 +210,20 @@ class End:
     """The client has sent all its audio."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SetHotwords:
+    """The phrases to lean towards from now on."""
+
+    hotwords: tuple[Hotword, ...]
+
+    def encode(self) -> str:
+        """The message as the client sends it."""
+        return json.dumps({"type": "hotwords", **dataclasses.asdict(self)})
+
+
 FINALIZE: Const = '{"type": "finalize"}'
 END: Const = '{"type": "end"}'
-Command = Start | Resume | Audio | Finalize | End
+Command = Start | Resume | Audio | Finalize | SetHotwords | End
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +318,9 @@ class ServerProtocol:
             case "resume":
                 self._signal(Signal.START)
                 return _parse_resume(fields)
+            case "hotwords":
+                self._signal(Signal.HOTWORDS)
+                return SetHotwords(hotwords=_parse_hotwords(fields.get("hotwords")))
             case "finalize":
                 self._signal(Signal.FINALIZE)
                 return Finalize()
@@ -309,8 +330,8 @@ class ServerProtocol:
             case other:
                 raise WireError(
                     "bad_type",
-                    f'got a message of type {other!r}, expected "start", "finalize" or "end" '
-                    "(audio goes in binary messages)",
+                    f'got a message of type {other!r}, expected "start", "finalize", '
+                    '"hotwords" or "end" (audio goes in binary messages)',
                 )
 
     def ready(self, ready: Ready) -> str:
@@ -375,7 +396,13 @@ class ServerProtocol:
         return pcm.astype(self._dtype.newbyteorder("="), copy=False)
 
 
-_FROM_CLIENT: Const = (Signal.START, Signal.AUDIO, Signal.FINALIZE, Signal.END)
+_FROM_CLIENT: Const = (
+    Signal.START,
+    Signal.AUDIO,
+    Signal.FINALIZE,
+    Signal.HOTWORDS,
+    Signal.END,
+)
 
 
 def as_wire_error(error: Exception) -> WireError:
@@ -409,6 +436,7 @@ _KINDS: Const[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "right_context_ms": ("a number (milliseconds)", (int, float)),
     "blank_penalty": ("a number", (int, float)),
     "lm_weight": ("a number", (int, float)),
+    "hotwords": ("a list of phrases", (list,)),
     "resume": ("true or false", (bool,)),
     "endpoint_silence": ("a number (seconds)", (int, float)),
     "max_utterance": ("a number (seconds)", (int, float)),
@@ -433,6 +461,8 @@ def _parse_start(fields: dict[str, Any], languages: Collection[str] | None) -> S
         # bool is an int in Python, but `true` is no number on the wire.
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise WireError("bad_config", f"got {name} = {value!r}, expected {expected}")
+    if "hotwords" in fields:
+        fields["hotwords"] = _parse_hotwords(fields["hotwords"])
     start = Start(**fields)
     if start.encoding not in _DTYPES:
         raise WireError(
@@ -445,6 +475,30 @@ def _parse_start(fields: dict[str, Any], languages: Collection[str] | None) -> S
             f"got language {start.language!r}, this server has {', '.join(sorted(languages))}",
         )
     return start
+
+
+def _parse_hotwords(value: object) -> tuple[Hotword, ...]:
+    expected = 'a list of phrases, or of {"phrase": "New York", "boost": 2.0}'
+    if not isinstance(value, list):
+        raise WireError("bad_config", f"got hotwords = {value!r:.80}, expected {expected}")
+    if len(value) > MAX_PHRASES:
+        raise WireError("bad_config", f"got {len(value)} hotwords, expected at most {MAX_PHRASES}")
+    found = []
+    for item in value:
+        fields = {"phrase": item} if isinstance(item, str) else item
+        if (
+            not isinstance(fields, dict)
+            or not isinstance(fields.get("phrase"), str)
+            or not isinstance(boost := fields.get("boost", DEFAULT_BOOST), int | float)
+            or isinstance(boost, bool)
+            or fields.keys() - {"phrase", "boost"}
+        ):
+            raise WireError("bad_config", f"got {item!r:.80} in hotwords, expected {expected}")
+        try:
+            found.append(Hotword(phrase=fields["phrase"], boost=float(boost)))
+        except ConfigError as exc:
+            raise WireError("bad_config", str(exc)) from exc
+    return tuple(found)
 
 
 def _parse_resume(fields: dict[str, Any]) -> Resume:

@@ -28,6 +28,7 @@ from loquent.engine.protocol import (
     Progress,
     Ready,
     Resume,
+    SetHotwords,
     Standing,
     Start,
     WireError,
@@ -66,7 +67,7 @@ class Open:
     endpoint: EndpointRules | None = DEFAULT_ENDPOINT
 
 
-Action = Send | Close | Open | Resume | Audio | Mark | Finalize | End
+Action = Send | Close | Open | Resume | Audio | Mark | Finalize | SetHotwords | End
 Actions = Sequence[Action]
 
 

@@ -249,6 +249,28 @@ def test_a_blank_that_nothing_beats(
     assert "got '-1', expected a number, 0 or above" in capsys.readouterr().err
 
 
+def test_hotwords(
+    bundle: str, speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--bundle", bundle, "--decoder", "rnnt-beam"]
+    texts = []
+    for hotwords in ([], ["--hotword", "Mulo:10", "--hotword", "muna:10"]):
+        assert transcribe(speech, *options, *hotwords) == 0
+        texts.append(capsys.readouterr().out.lower())
+    assert "mu" not in texts[0]
+    assert "mu" in texts[1]  # so much that a little like it is it
+    (tmp_path / "words.txt").write_text("BANA\n\nkiwi:0.1\n")
+    assert transcribe(speech, *options, "--hotwords", tmp_path / "words.txt") == 0
+    assert "bana" in capsys.readouterr().out
+    assert transcribe(speech, *options, "--hotword", "xylophone") == 1
+    assert "cannot spell the character 'x'" in capsys.readouterr().err
+    assert transcribe(speech, *options, "--hotword", "bana:loud") == 1
+    assert "expected PHRASE or PHRASE:BOOST with a number" in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert transcribe(speech, *options, "--hotwords", tmp_path / "latin.txt") == 1
+    assert "got a file that is not UTF-8" in capsys.readouterr().err
+
+
 def test_bad_files_are_named_and_the_others_still_run(
     bundle: str, speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

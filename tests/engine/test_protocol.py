@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from loquent.engine.errors import AudioError, BundleError, ConfigError
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
+from loquent.engine.hotwords import Hotword
 from loquent.engine.protocol import (
     CLOSE_CODES,
     END,
@@ -24,6 +25,7 @@ from loquent.engine.protocol import (
     Progress,
     Ready,
     ServerProtocol,
+    SetHotwords,
     Signal,
     Start,
     State,
@@ -247,6 +249,46 @@ def test_events_survive_the_wire(event: Event) -> None:
     decoded, progress = decode_message(encode_event(event, PROGRESS))
     assert decoded == event
     assert progress == (None if event is ENDED else PROGRESS)
+
+
+HOTWORDS = (Hotword(phrase="New York", boost=2.0), Hotword(phrase="Loquent"))
+
+
+def test_hotwords_on_the_wire() -> None:
+    start = Start(sample_rate=16000, hotwords=HOTWORDS)
+    protocol = started(start)
+    assert json.loads(start.encode())["hotwords"][0] == {"phrase": "New York", "boost": 2.0}
+    said = SetHotwords(hotwords=HOTWORDS)
+    assert protocol.receive(said.encode()) == said
+    assert protocol.state is State.CONFIGURED
+    protocol.receive(b"\0\0")
+    short = '{"type": "hotwords", "hotwords": ["Loquent"]}'
+    assert protocol.receive(short) == SetHotwords(hotwords=HOTWORDS[1:])
+    assert protocol.state is State.STREAMING
+    assert protocol.receive('{"type": "hotwords", "hotwords": []}') == SetHotwords(hotwords=())
+
+
+@pytest.mark.parametrize(
+    ("hotwords", "said"),
+    [
+        ('"x"', "expected a list of phrases"),
+        ("[1]", "got 1 in hotwords, expected a list of phrases"),
+        ('[{"phrase": "x", "boost": "1"}]', "expected a list of phrases"),
+        ('[{"phrase": "x", "boost": 100}]', "got boost 100.0 for the hotword 'x'"),
+        ('[{"phrase": "x", "weight": 1}]', "expected a list of phrases"),
+        ('[""]', "got an empty hotword"),
+        (json.dumps(["x"] * 5001), "got 5001 hotwords, expected at most 5000"),
+    ],
+)
+def test_hotwords_that_do_not_work(hotwords: str, said: str) -> None:
+    for message in (
+        f'{{"type": "start", "sample_rate": 16000, "hotwords": {hotwords}}}',
+        f'{{"type": "hotwords", "hotwords": {hotwords}}}',
+    ):
+        protocol = started() if '"start"' not in message else ServerProtocol()
+        error = failure(protocol, message)
+        assert error.code == "bad_config"
+        assert said in str(error)
 
 
 def test_finalize_leaves_the_session_where_it_was() -> None:

@@ -27,8 +27,9 @@ from websockets.protocol import State
 
 from loquent.engine.batcher import HIGH_WATER, Batcher, Lane
 from loquent.engine.events import Ended, Event, Final
+from loquent.engine.hotwords import Hotword
 from loquent.engine.limits import Limits
-from loquent.engine.protocol import END, FINALIZE, MAX_MESSAGE, Start
+from loquent.engine.protocol import END, FINALIZE, MAX_MESSAGE, SetHotwords, Start
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.server import Server, ServerConfig
 from loquent.engine.session import Slot
@@ -257,6 +258,29 @@ async def test_finalize_settles_what_was_sent_and_goes_on(tiny: Recognizer, tone
         ]
 
 
+async def test_hotwords_come_with_the_start_and_change(tiny: Recognizer, tones: Speak) -> None:
+    data = encode(tones([(0, 0.2), (3, 0.2), (4, 0.1)]), "s16le")
+    muwi = (Hotword(phrase="muwi", boost=10),)
+    start = Start(sample_rate=16000, decoder="rnnt-beam", hotwords=muwi)
+    async with serving(tiny) as server, client(server) as connection:
+        await connection.send(start.encode())
+        said = []
+        for hotwords in (None, (), muwi):
+            if hotwords is not None:
+                await connection.send(SetHotwords(hotwords=hotwords).encode())
+            await connection.send(data)
+            await connection.send(FINALIZE)
+            while (message := json.loads(await connection.recv()))["type"] != "finalized":
+                said += of_kind([message], "final")
+        texts = [final["text"] for final in said]
+        assert texts[1] == "kiwi"
+        assert texts[0] == texts[2] != "kiwi"
+        await connection.send('{"type": "hotwords", "hotwords": ["xylophone"]}')
+        error = (await receive_all(connection))[-1]
+    assert (error["type"], error["code"]) == ("error", "bad_config")
+    assert "cannot spell the character 'x'" in error["message"]
+
+
 async def test_a_session_without_audio(tiny: Recognizer) -> None:
     async with serving(tiny) as server:
         messages = await caption(server, Start(sample_rate=16000), b"", [1])
@@ -283,7 +307,7 @@ NAN = struct.pack("<f", float("nan")) * 100
         (["\0\x1b[2J"], "bad_json", 1003, "expected JSON"),
         (['{"type": "stop"}'], "bad_type", 1002, "'stop'"),
         ([b"\0\0"], "bad_type", 1002, "expected start"),
-        ([START, START], "bad_type", 1002, "expected audio or finalize or end"),
+        ([START, START], "bad_type", 1002, "expected audio or finalize or hotwords or end"),
         ([START, b"\0\0", END, b"\0\0"], "bad_type", 1002, "nothing more"),
         (['{"type": "start"}'], "bad_config", 1008, "sample_rate"),
         ([Start(sample_rate=7999).encode()], "bad_config", 1008, "8000 to 48000"),
