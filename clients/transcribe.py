@@ -20,12 +20,12 @@ from loquent.clients.options import (
     make_parser,
     open_stream,
 )
-from loquent.clients.subtitles import srt, vtt
 from loquent.clients.terminal import ProgressBar
 from loquent.engine.audio import AudioFile
 from loquent.engine.errors import AudioError
 from loquent.engine.events import Ended, Final
 from loquent.engine.recognizer import Recognizer
+from loquent.engine.subtitles import srt, vtt
 
 EXAMPLES = """\
   loquent transcribe talk.mp3

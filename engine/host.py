@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import secrets
 import ssl
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from http import HTTPStatus
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -118,6 +119,7 @@ class Host:
         )
         self.sessions: set[Session] = set()
         self._by_token: dict[str, Session] = {}
+        self._files = 0  # that are being transcribed
         self.draining = False
 
     async def __aenter__(self) -> Host:
@@ -207,10 +209,32 @@ class Host:
         finally:
             self.sessions.discard(session)
 
+    @contextlib.asynccontextmanager
+    async def place(
+        self, peer: str, target: str, headers: Mapping[str, str]
+    ) -> AsyncIterator[None]:
+        """Count a request without a WebSocket as a session while the block runs. Raises Refused."""
+        name = secrets.token_hex(8)
+        try:
+            visitor = self._gate.admit(peer, Handshake.parse(target, headers))
+            why = await self._line.enter(name) or self._line.take(name)
+            if why is not None:
+                retry = {"Retry-After": str(RETRY_AFTER)}
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, why, retry)
+        except Refused as refused:
+            self.metrics.refuse(refused.status)
+            raise
+        with self._gate.seat(visitor):
+            self._files += 1
+            try:
+                yield
+            finally:
+                self._files -= 1
+
     @property
     def connected(self) -> int:
         """How many sessions have a client just now."""
-        return sum(not session.parked for session in self.sessions)
+        return self._files + sum(not session.parked for session in self.sessions)
 
     def keep(self, session: Session) -> str:
         """A new token that stands for the session, until `forget`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -27,6 +28,7 @@ from loquent.engine.host import Host, Opened, ServerConfig
 from loquent.engine.metrics import CONTENT_TYPE
 from loquent.engine.protocol import MAX_MESSAGE
 from loquent.engine.recognizer import Recognizer
+from loquent.engine.rest import FileRequest
 from loquent.engine.wire.dispatch import is_wire
 from loquent.engine.wire.session import Refused
 
@@ -43,6 +45,7 @@ class Server:
     def __init__(self, recognizer: Recognizer, config: ServerConfig | None = None) -> None:
         self.host = Host(recognizer, config)
         self.config = self.host.config
+        self.files: set[asyncio.Task[None]] = set()  # that are being transcribed
         self._server: SocketServer | None = None
 
     async def __aenter__(self) -> Server:
@@ -55,7 +58,7 @@ class Server:
                 process_request=self._process_request,
                 process_response=_add_headers,
                 select_subprotocol=_select_subprotocol,
-                create_connection=_Connection,
+                create_connection=partial(_Connection, owner=self),  # type: ignore[arg-type]
                 server_header="loquent",
                 logger=_SILENT,
                 ssl=self.config.tls,
@@ -86,6 +89,8 @@ class Server:
                 await self._server.wait_closed()
         except TimeoutError:
             self.host.abort()
+            for task in self.files:
+                task.cancel()
             await self._server.wait_closed()
         await self.host.__aexit__()
 
@@ -155,12 +160,54 @@ class Server:
         await self.host.run(Session(self.host, connection.opened, _Socket(connection)))
 
 
-class _Connection(ServerConnection):
-    """A WebSocket with the session that its request asked for."""
+_POST = b"POST "
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+
+class _Connection(ServerConnection):
+    """A WebSocket with the session that its request asked for.
+
+    websockets reads no request with a body: one that begins with POST is `rest`'s.
+    """
+
+    def __init__(self, *args: Any, owner: Server, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.opened: Opened
+        self._owner = owner
+        self._first: bytes | None = b""  # what came so far, until it is known whose it is
+        self._handler: asyncio.Task[None]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        known = set(self.server.handler_tasks)
+        super().connection_made(transport)
+        [self._handler] = self.server.handler_tasks - known
+
+    def data_received(self, data: bytes) -> None:
+        if self._first is not None:
+            data = self._first + data
+            if len(data) < len(_POST) and _POST.startswith(data):
+                self._first = data
+                return
+            self._first = None
+            if data.startswith(_POST):
+                self._hand_over(data)
+                return
+        super().data_received(data)
+
+    def _hand_over(self, data: bytes) -> None:
+        tasks = self.server.handler_tasks
+        self._handler.add_done_callback(tasks.discard)
+        self._handler.cancel()
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        self.transport.set_protocol(protocol)
+        protocol.connection_made(self.transport)
+        writer = asyncio.StreamWriter(self.transport, protocol, reader, self.loop)
+        reader.feed_data(data)
+        request = FileRequest(self._owner.host, self.peer, reader, writer)
+        task = self.loop.create_task(request.run())
+        for running in (tasks, self._owner.files):
+            running.add(task)
+            task.add_done_callback(running.discard)
 
     @property
     def peer(self) -> str:

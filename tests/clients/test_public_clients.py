@@ -31,6 +31,7 @@ CLIENTS = {
     "deepgram": ("deepgram", 16000),
     "openai_turns": ("openai", 24000),
     "openai_commit": ("openai", 24000),
+    "openai_file": ("openai", 16000),
     "vosk": ("vosk", 16000),
     "livekit_deepgram": ("livekit.plugins.deepgram", 16000),
     "livekit_openai": ("livekit.plugins.openai", 24000),
@@ -38,7 +39,7 @@ CLIENTS = {
     "pipecat_openai": ("pipecat.services.openai", 24000),
 }
 SPEECH = [(0, 0.3), (1, 0.4), (2, 0.3), (0, 0.1), (3, 0.5), (4, 0.3), (0, 1.2), (5, 0.4), (7, 0.4)]
-QUICK = ["deepgram", "openai_turns", "openai_commit", "vosk"]
+QUICK = ["deepgram", "openai_turns", "openai_commit", "openai_file", "vosk"]
 REAL_TIME = ["livekit_deepgram", "livekit_openai", "pipecat_deepgram", "pipecat_openai"]
 
 

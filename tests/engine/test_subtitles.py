@@ -8,8 +8,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loquent.clients.subtitles import LINE, LONGEST, Cue, make_cues, srt, vtt
 from loquent.engine.events import Final, Word
+from loquent.engine.subtitles import LINE, LONGEST, Cue, make_cues, srt, vtt
 
 
 def final(*words: tuple[str, float, float]) -> Final:
