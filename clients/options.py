@@ -111,7 +111,7 @@ def load_recognizer(options: argparse.Namespace, device: Device = "cpu") -> Reco
 
 
 def add_session_options(parser: argparse.ArgumentParser) -> None:
-    """--endpoint-silence, --max-utterance, --vad, --finish."""
+    """--endpoint-silence, --max-utterance, --vad, --stability, --finish."""
     parser.add_argument(
         "--endpoint-silence",
         type=non_negative_float,
@@ -128,6 +128,13 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vad", choices=["silero"], help="what this detector hears as speech is no silence"
+    )
+    parser.add_argument(
+        "--stability",
+        type=non_negative_float,
+        metavar="S",
+        help="a beam search commits words that lie so many seconds back: less is sooner, more is "
+        "more accurate (default: 2)",
     )
     parser.add_argument(
         "--finish",
@@ -150,6 +157,7 @@ def open_stream(recognizer: Recognizer, options: argparse.Namespace, sample_rate
         vad=options.vad,
         finish=options.finish,
         hotwords=hotwords_of(options),
+        stability=options.stability or 0.0,
     )
 
 

@@ -149,6 +149,7 @@ async def _run(options: argparse.Namespace) -> None:
         vad=options.vad,
         finish=options.finish or None,
         hotwords=hotwords_of(options) or None,
+        stability=options.stability,
     )
     timeline = Timeline()
     async with connect(options.url, start) as session:

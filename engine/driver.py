@@ -358,6 +358,7 @@ class Session:
             vad=start.vad,
             finish=bool(start.finish),
             hotwords=start.hotwords or (),
+            stability=start.stability or 0.0,
         )
         if self._config.record is not None:
             self._recorder = await asyncio.to_thread(Recorder, self._config.record, self._id, start)

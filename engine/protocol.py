@@ -153,7 +153,8 @@ class Start:
     and hotwords as `Recognizer.stream` takes them; on the wire a hotword is a phrase, or an object
     with ``phrase`` and ``boost``. endpoint_silence (0: no endpoints), max_utterance and
     leading_silence are in seconds, see `EndpointRules`. vad is "silero" or nothing; finish asks for
-    casing, punctuation and digits in the finals' text.
+    casing, punctuation and digits in the finals' text; stability is in seconds, see
+    `Recognizer.stream`.
     """
 
     sample_rate: int
@@ -171,6 +172,7 @@ class Start:
     leading_silence: float | None = None
     vad: str | None = None
     finish: bool | None = None
+    stability: float | None = None
 
     def encode(self) -> str:
         """The message as the client sends it."""
@@ -443,6 +445,7 @@ _KINDS: Const[Mapping[str, tuple[str, tuple[type, ...]]]] = {
     "leading_silence": ("a number (seconds)", (int, float)),
     "vad": ("a string", (str,)),
     "finish": ("true or false", (bool,)),
+    "stability": ("a number (seconds)", (int, float)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -91,6 +92,7 @@ class Recognizer:
         hotwords: Sequence[Hotword] = (),
         vad: str | None = None,
         finish: bool = False,
+        stability: float = 0.0,
     ) -> Stream:
         """A new stream.
 
@@ -107,6 +109,9 @@ class Recognizer:
             blank_penalty: above 0 brings more words, below 0 fewer; the bundle's if None.
             lm_weight: of the language model in a beam search, 0 for none; the bundle's if None.
             hotwords: phrases to expect; ``Stream.set_hotwords`` changes them.
+            stability: seconds behind the latest audio from which on a beam search commits a word:
+                the less, the sooner text is settled, and the less can be put right later. 0 leaves
+                it at two seconds. Greedy decoders commit every word as the next one begins.
             finish: write the finals' text with casing, punctuation and digits; words stay as
                 they are.
 
@@ -132,8 +137,13 @@ class Recognizer:
             _ = self._vad  # an error now, not in the first step
         finishing = Finishing(finisher(next(iter(bundle.languages)))) if finish else None
         hop = bundle.features.hop * bundle.encoder.subsampling
+        if not 0 <= stability < math.inf:
+            raise ConfigError(f"got stability {stability!r}, expected seconds, 0 or above")
         settings = Settings(
-            blank_penalty=blank_penalty, lm_weight=lm_weight, hotwords=self.hotwords(hotwords)
+            blank_penalty=blank_penalty,
+            lm_weight=lm_weight,
+            hotwords=self.hotwords(hotwords),
+            horizon=max(1, round(stability / bundle.frame_seconds)) if stability else None,
         )
         return Stream(
             bundle,

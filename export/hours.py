@@ -118,6 +118,7 @@ def listen(
         alone = [
             (word.text, round(word.start + cuts[index], 2))
             for word in _alone(recognizer, stream(), held[first - at : end - at])
+            if word.start + cuts[index] < cuts[index + 1]  # not in the silence of the flush
         ]
         inside = [
             (text, round(start, 2))

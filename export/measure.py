@@ -11,8 +11,10 @@ from pathlib import Path
 
 from loquent.engine.errors import LoquentError
 from loquent.engine.recognizer import DEFAULT_CHUNK_MS, Recognizer
-from loquent.export import hours, long
+from loquent.export import hours, long, stability
 from loquent.models.data import DataError, read_manifest
+
+_STABILITIES = (0.0, 1.0, 0.5, 0.2)
 
 
 def _endpoints(argv: Sequence[str]) -> None:
@@ -64,7 +66,29 @@ def _hours(argv: Sequence[str]) -> None:
         print(json.dumps({"decoder": decoder, "run": asdict(run)}))
 
 
+def _stability(argv: Sequence[str]) -> None:
+    parser = _parser("stability", stability.__doc__)
+    parser.add_argument("--stability", type=float, action="append", help="may be repeated")
+    args = parser.parse_args(argv)
+    recognizer = Recognizer.load(args.bundle)
+    utterances = read_manifest(args.manifest)[: args.limit]
+    settings = [
+        (decoder, seconds)
+        for decoder in args.decoder or recognizer.bundle.decoders
+        for seconds in ([0.0] if decoder in ("rnnt", "ctc") else args.stability or _STABILITIES)
+    ]
+    rows = [
+        stability.measure(
+            recognizer, utterances, decoder=decoder, chunk_ms=args.chunk_ms, stability=seconds
+        )
+        for decoder, seconds in settings
+    ]
+    print(f"chunks of {args.chunk_ms:g} ms\n\n{stability.table(rows)}")
+    print(json.dumps({"rows": [asdict(row) for row in rows]}))
+
+
 TABLES: Mapping[str, Callable[[Sequence[str]], None]] = {
+    "stability": _stability,
     "endpoints": _endpoints,
     "hours": _hours,
 }

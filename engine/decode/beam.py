@@ -165,6 +165,8 @@ class BeamSearch:
         """The search of a new stream."""
         fusion = self._fusion.adjusted(settings.lm_weight, settings.blank_penalty)
         fusion = fusion.biased(settings.hotwords)
+        if settings.horizon is not None:
+            fusion = fusion.ruled(replace(fusion.rules, horizon=settings.horizon))
         return BeamState(fusion, self.share, (self.root(fusion),))
 
     def root(self, fusion: Fusion) -> Hypothesis:

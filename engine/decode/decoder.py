@@ -30,6 +30,7 @@ class Settings:
             above 0 brings more words, below 0 fewer.
         lm_weight: of the word language model; 0 searches without it.
         hotwords: phrases to lean towards.
+        horizon: encoder frames behind the latest one from which on a beam search settles a token.
 
     Raises:
         ConfigError: not a number, or a weight below 0.
@@ -38,6 +39,7 @@ class Settings:
     blank_penalty: float | None = None
     lm_weight: float | None = None
     hotwords: HotwordGraph | None = None
+    horizon: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("blank_penalty", "lm_weight"):

@@ -72,6 +72,17 @@ def test_ctc_keeps_its_last_symbol_over_a_chunk_edge() -> None:
     assert [f.tokens != () for f in first + second] == [True, False, False, False, True]
 
 
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_ctc_says_the_same_token_again_after_an_endpoint(cut: int) -> None:
+    rows = log_probs([A, A, *[BLANK] * 8, A, A, B])
+    decoder, state, heard = CtcGreedy(blank=BLANK), begin(), []
+    for first, part in ((0, rows[:cut]), (cut, rows[cut:])):
+        rules = Endpointer(EndpointRules(trailing_silence=0.2), 0.04)
+        ((frames, state),) = decoder.decode([Job(state, {"ctc": part}, first, rules)])
+        heard += [token.id for frame in frames for token in frame.tokens]
+    assert heard == [A, A, B]
+
+
 def test_ctc_blank_penalty_brings_tokens() -> None:
     rows = log_probs([BLANK, A])
     for penalty, said in ((None, [A]), (2.5, [B, A]), (-10.0, [])):
