@@ -169,6 +169,12 @@ def parser() -> argparse.ArgumentParser:
             "times faster than spoken that audio is read",
         ),
         (
+            "--file-seconds",
+            non_negative_float,
+            limits.file_seconds,
+            "of audio in an uploaded file",
+        ),
+        (
             "--messages-per-second",
             non_negative_float,
             limits.messages_per_second,
@@ -259,6 +265,7 @@ def server_config(options: argparse.Namespace) -> ServerConfig:
             start_timeout=options.start_timeout,
             max_speed=options.max_speed,
             messages_per_second=options.messages_per_second,
+            file_seconds=options.file_seconds,
         ),
         trusted_proxies=frozenset(options.trusted_proxy),
         tls=tls.server_context(options.tls_cert, options.tls_key) if options.tls_cert else None,

@@ -16,6 +16,9 @@ from loquent.engine.resample import Resampler
 
 Float32 = NDArray[np.float32]
 
+# Of sound. Below and above, a header that lies would make hours out of bytes.
+MIN_FILE_RATE, MAX_FILE_RATE = 2000, 768_000
+_MAX_VALUES = 1 << 22  # samples of all channels in a block
 _KINDS = "wav, flac, ogg, opus or mp3"
 
 
@@ -38,6 +41,11 @@ class AudioFile:
             self.sample_rate: int = file.samplerate
             self.channels: int = file.channels
             self.duration: float = file.frames / file.samplerate
+        if not MIN_FILE_RATE <= self.sample_rate <= MAX_FILE_RATE:
+            raise AudioError(
+                f"{self.path}: got a sample rate of {self.sample_rate} Hz, expected "
+                f"{MIN_FILE_RATE} to {MAX_FILE_RATE}"
+            )
 
     def blocks(self, *, seconds: float = 1.0, sample_rate: int | None = None) -> Iterator[Float32]:
         """The samples in order, in arrays of shape (N,), N > 0, each about ``seconds`` long.
@@ -50,7 +58,8 @@ class AudioFile:
             AudioError: the file is damaged, holds no samples, or holds values that are no numbers.
         """
         resampler = Resampler(self.sample_rate, sample_rate or self.sample_rate)
-        size = max(1, round(seconds * self.sample_rate))
+        # Whatever rate and number of channels a header claims, a block fits into 16 MB.
+        size = max(1, min(round(seconds * self.sample_rate), _MAX_VALUES // self.channels))
         position = 0
         with self._open() as file:
             while len(frames := file.read(size, dtype="float32", always_2d=True)):

@@ -24,6 +24,7 @@ class Limits:
             `BURST_AUDIO` seconds are in; a client that sends faster has to wait.
         messages_per_second: what a session may send beside `MESSAGES_PER_AUDIO` messages for each
             second of audio, with `BURST_MESSAGES` to begin with.
+        file_seconds: audio in an uploaded file, which may be far longer than its bytes suggest.
     """
 
     sessions_per_key: int = 0
@@ -32,6 +33,7 @@ class Limits:
     start_timeout: float = 15.0
     max_speed: float = 16.0
     messages_per_second: float = 100.0
+    file_seconds: float = 14400.0
 
 
 BURST_AUDIO = 30.0

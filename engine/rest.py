@@ -162,10 +162,13 @@ class FileRequest:
         file = await asyncio.to_thread(AudioFile, path)
         rate = file.sample_rate if MIN_RATE <= file.sample_rate <= MAX_RATE else _USUAL_RATE
         stream = self._host.recognizer.stream(sample_rate=rate, chunk_ms=self._host.config.chunk_ms)
+        most = self._host.config.limits.file_seconds
+        if most and file.duration > most:
+            raise _too_long(most)
         lane = self._host.batcher.add(stream, rate)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_feed(lane, file.blocks(sample_rate=rate)))
+                group.create_task(_feed(lane, file.blocks(sample_rate=rate), most))
                 listening = group.create_task(_listen(lane))
         except ExceptionGroup as several:
             raise several.exceptions[0] from None
@@ -236,8 +239,10 @@ class FileRequest:
                     pass
 
 
-async def _feed(lane: Lane, blocks: Iterator[NDArray[np.float32]]) -> None:
+async def _feed(lane: Lane, blocks: Iterator[NDArray[np.float32]], most: float) -> None:
     while (block := await asyncio.to_thread(next, blocks, None)) is not None:
+        if most and lane.received > most:
+            raise _too_long(most)
         await lane.feed(block)
     lane.finish()
 
@@ -250,6 +255,13 @@ async def _listen(lane: Lane) -> tuple[list[Final], float]:
                 finals.append(event)
             elif isinstance(event, Ended):
                 return finals, event.duration
+
+
+def _too_long(most: float) -> Refused:
+    return Refused(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"The file holds more than {most:g} s of audio; cut it into parts.",
+    )
 
 
 def _too_large() -> Refused:

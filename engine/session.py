@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal, cast
+from importlib import import_module
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ class Graph:
         device: Device = "cpu",
     ) -> None:
         self.where = f"{bundle.files.where}: {file.file}"
-        ort = _onnxruntime()
+        ort = onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -216,12 +217,18 @@ def _providers(ort: Any, device: Device) -> list[str]:
     return [_CUDA, _CPU]
 
 
-def _onnxruntime() -> Any:
+def onnxruntime() -> Any:
+    """The module, with its telemetry off: it would report its use over the network.
+
+    Raises MissingExtra.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
-        import onnxruntime
+        module = import_module("onnxruntime")
     except ImportError as exc:
         raise MissingExtra(
             'ONNX Runtime is not installed; install it with `pip install "loquent[cpu]"`, or '
             '`pip install "loquent[gpu]"` for CUDA (one of the two, never both)'
         ) from exc
-    return cast(ModuleType, onnxruntime)
+    module.disable_telemetry_events()
+    return module

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loquent.engine.errors import MissingExtra
+from loquent.engine.session import onnxruntime
 
 Float32 = NDArray[np.float32]
 Vad = Literal["silero"]
@@ -110,18 +111,13 @@ class SileroVad:
 
     def __init__(self, *, threads: int = 1) -> None:
         path = _network()
-        try:
-            import onnxruntime
-        except ImportError as exc:
-            raise MissingExtra(
-                "ONNX Runtime is not installed; install it with `pip install 'loquent[cpu]'`"
-            ) from exc
-        options = onnxruntime.SessionOptions()
+        ort = onnxruntime()
+        options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session: Any = onnxruntime.InferenceSession(
+        self._session: Any = ort.InferenceSession(
             path.read_bytes(), options, providers=["CPUExecutionProvider"]
         )
 

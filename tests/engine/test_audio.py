@@ -111,3 +111,23 @@ def test_damaged_in_the_middle(tmp_path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(AudioError, match="cannot be read as audio"):
         load_audio(path)
+
+
+@pytest.mark.parametrize("rate", [1, 100, 2_000_000_000])
+def test_a_header_with_a_rate_that_is_none(tmp_path: Path, rate: int) -> None:
+    """A few bytes at 1 Hz would be days of audio."""
+    path = tmp_path / "odd.wav"
+    soundfile.write(path, np.zeros(1000, np.int16), 16000)
+    data = bytearray(path.read_bytes())
+    data[24:28] = rate.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match=f"{rate} Hz"):
+        AudioFile(path)
+
+
+def test_blocks_of_many_channels_are_short(tmp_path: Path) -> None:
+    path = tmp_path / "wide.wav"
+    soundfile.write(path, np.zeros((16000, 500), np.int16), 16000)
+    blocks = list(AudioFile(path).blocks(seconds=30.0))
+    assert max(map(len, blocks)) * 500 <= 1 << 22
+    assert sum(map(len, blocks)) == 16000

@@ -71,3 +71,12 @@ def test_without_onnxruntime_the_error_names_the_extra(tiny_bundle: Path) -> Non
     )
     assert 'pip install "loquent[cpu]"' in message
     assert "loquent[gpu]" in message
+
+
+def test_onnx_runtime_reports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its telemetry keeps a device id and a database in the cache folder before it sends them."""
+    for name in ("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    python("from loquent.engine import Recognizer; Recognizer.load('en')")
+    assert list(tmp_path.iterdir()) == []

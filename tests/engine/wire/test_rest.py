@@ -18,6 +18,7 @@ from websockets.asyncio.client import connect
 
 from loquent.engine import rest
 from loquent.engine.auth import Keys
+from loquent.engine.limits import Limits
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.server import Server, ServerConfig
 from loquent.engine.wire.session import Refused
@@ -192,6 +193,20 @@ async def test_an_upload_without_a_stated_length_ends_at_the_limit(
     headers = {"Content_Length": "", "Transfer_Encoding": "chunked"}
     async with serving(tiny) as server:
         assert (await answer(server, request(b"", **headers) + chunk))[0] == 413
+
+
+@pytest.mark.parametrize("kind", ["FLAC", "OGG"])
+async def test_a_few_bytes_that_are_hours(tiny: Recognizer, kind: str) -> None:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", 8000, 1, format=kind) as file:
+        for _ in range(600):  # libsndfile's Vorbis encoder takes no more at a time
+            file.write(np.zeros(8000, np.int16))
+    assert len(buffer.getvalue()) < 100_000
+    async with serving(tiny, limits=Limits(file_seconds=60.0)) as server:
+        status, body = await answer(server, request(form({"file": buffer.getvalue()})))
+        assert status == 413
+        assert "more than 60 s" in body["error"]["message"]
+        assert not server.batcher.lanes
 
 
 async def test_keys_and_places(tiny: Recognizer, wav: bytes) -> None:
