@@ -202,7 +202,7 @@ def _fit(
     nn.init.zeros_(table.weight)
     optimiser = torch.optim.Adagrad(table.parameters(), lr=0.1)
     inputs, labels = torch.from_numpy(rows), torch.from_numpy(targets).long()
-    batch = 4096
+    batch = min(4096, max(32, len(inputs) // 200))
     for epoch in range(epochs):
         order = torch.randperm(len(inputs))
         total = 0.0
@@ -211,7 +211,9 @@ def _fit(
             loss = nn.functional.cross_entropy(table(inputs[pick].long()), labels[pick])
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            # Torch warns where this is left open.
+            with torch.sparse.check_sparse_tensor_invariants(False):  # type: ignore[no-untyped-call]
+                optimiser.step()
             total += float(loss.detach()) * len(pick)
         print(f"epoch {epoch + 1}: loss {total / len(order):.4f}")
     weights = table.weight.detach().numpy()
