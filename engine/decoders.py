@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,17 @@ from loquent.engine.decode.rnnt import RnntGreedy
 from loquent.engine.decode.transducer import Transducer
 from loquent.engine.predictor import OnnxPredictor
 from loquent.engine.session import Device
+
+# For a bundle that says nothing: what `loquent tune` found for the English model.
+DEFAULTS: Mapping[DecoderName, BeamRules] = {
+    "joint": BeamRules(
+        ctc=0.15, lm_weight=0.36, own_weight=0.18, word_bonus=0.8, unknown=-8.4, blank_penalty=0.55
+    ),
+    "rnnt-beam": BeamRules(
+        lm_weight=0.36, own_weight=0.18, word_bonus=0.7, unknown=-8.0, blank_penalty=0.55
+    ),
+    "ctc-beam": BeamRules(beam=16, margin=7.0),
+}
 
 
 class Decoders:
@@ -44,7 +56,7 @@ class Decoders:
         if name == "rnnt":
             assert self._model, "a bundle offers what it has heads for"
             return RnntGreedy(self._model, blank=blank)
-        return self.beam(name, self._bundle.beams.get(name, BeamRules()))
+        return self.beam(name, self._bundle.beams.get(name, DEFAULTS[name]))
 
     def beam(self, name: DecoderName, rules: BeamRules) -> BeamSearch:
         """One of the beam searches with these rules."""

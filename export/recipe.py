@@ -149,7 +149,7 @@ def small(language: str, sources: Sources, scale: Scale) -> list[Step]:
     teacher, student = run / "teacher", run / "student"
     heard, pseudo = run / "heard", run / "pseudo"
     guessed = pseudo / f"{language}.unlabelled.pseudo.jsonl" if unlabelled else None
-    lm, bundle = run / f"{language}.lm.npz", run / "bundle"
+    lm, bundle, beams = run / f"{language}.lm.npz", run / "bundle", run / "beams.json"
     corpus = [train, f"{synthetic}=0.5" if synthetic else None]
     common: dict[str, object] = {
         "features": run / "features",
@@ -223,10 +223,15 @@ def small(language: str, sources: Sources, scale: Scale) -> list[Step]:
                 language=language,
                 dev=dev,
                 lm=lm,
-                decoder="ctc-beam",
+                decoder="joint",
                 int8_max_loss=scale.int8_max_loss,
             ),
             bundle / "manifest.json",
+        ),
+        Step(
+            "tune",
+            _words("tune", dev, "--write", bundle=bundle, decoder="joint", output=beams),
+            beams,
         ),
         Step(
             "evaluate",

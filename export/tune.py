@@ -25,7 +25,7 @@ from loquent.engine.audio import load_audio
 from loquent.engine.bundle import Bundle, DecoderName
 from loquent.engine.decode.decoder import Job, Settings
 from loquent.engine.decode.fusion import BEAM_WEIGHTS, BeamRules
-from loquent.engine.decoders import Decoders
+from loquent.engine.decoders import DEFAULTS, Decoders
 from loquent.engine.endpoint import Endpointer
 from loquent.engine.errors import LoquentError
 from loquent.engine.recognizer import DEFAULT_CHUNK_MS, Recognizer
@@ -226,7 +226,7 @@ def _run(args: argparse.Namespace) -> None:
     print("| decoder | weights | WER / CER %, clips tuned on | others |")
     print("|---|---|---|---|")
     for name in args.decoder or [name for name in BEAMS if name in bundle.decoders]:
-        start = bundle.beams.get(name, BeamRules())
+        start = bundle.beams.get(name, DEFAULTS[name])
         if args.beam:
             start = replace(start, beam=args.beam)
         names = [key for key in _RANGES if key not in _UNUSED[name]]

@@ -76,7 +76,7 @@ def test_from_recordings_to_a_bundle(
     ]
     assert recipe.main(args) == 0
     bundle = Bundle.load(run / "bundle")
-    assert (bundle.precision, bundle.default_decoder) == ("int8", "ctc-beam")
+    assert (bundle.precision, bundle.default_decoder) == ("int8", "joint")
     assert "WER" in (run / "bundle" / "README.md").read_text()
     assert json.loads((run / "student" / "last" / "state.json").read_text())["origin"]["teacher"]
     out = capsys.readouterr().out
@@ -143,7 +143,16 @@ def test_the_recipe_takes_what_there_is(tmp_path: Path) -> None:
         return {step.name: step.command for step in en_small(sources, SCALES["full"])}
 
     plain = commands()
-    assert list(plain) == ["check", "teacher", "distill", "student", "lm", "export", "evaluate"]
+    assert list(plain) == [
+        "check",
+        "teacher",
+        "distill",
+        "student",
+        "lm",
+        "export",
+        "tune",
+        "evaluate",
+    ]
     assert not {"--noise", "--unlabelled", "--pseudo"} & {w for c in plain.values() for w in c}
     assert all("NC" in plain[name] for name in ("teacher", "distill", "student"))
     for name in ("en.synthetic.jsonl", "en.unlabelled.jsonl", "noise.jsonl"):
