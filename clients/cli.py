@@ -43,7 +43,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "lm": Command("loquent.models.ngram:main", "a word language model from text", "train"),
     "data": Command(
-        "loquent.models.datacli:main", "check training data, score its labels", "train"
+        "loquent.models.datacli:main", "check training data, convert it, score its labels", "train"
     ),
     "train": Command("loquent.models.cli:main", "train a model, or its teacher", "train"),
     "pretrain": Command(

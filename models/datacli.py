@@ -1,10 +1,11 @@
-"""``loquent data``: look at training data and find labels that are wrong."""
+"""``loquent data``: look at training data, convert it, and find labels that are wrong."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from loquent.engine.bundle import Bundle
@@ -22,6 +23,7 @@ usage: loquent data COMMAND ...
 
   check    what is wrong with a training set; exit status 1 if it should not be used
   score    how well each recording fits its transcript, by a model's alignment
+  prepare  Kaldi, Common Voice, LibriSpeech or lhotse manifests to JSONL, and back
 
 `loquent data COMMAND --help` has the options.
 """
@@ -125,9 +127,16 @@ def _score(argv: Sequence[str]) -> int:
     return 0
 
 
+def _prepare(argv: Sequence[str]) -> int:
+    # lhotse takes seconds to import, which the others need not wait for.
+    run: Callable[[Sequence[str]], int] = import_module("loquent.models.prepare").main
+    return run(argv)
+
+
 _COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "check": _check,
     "score": _score,
+    "prepare": _prepare,
 }
 
 
