@@ -9,8 +9,16 @@ from pathlib import Path
 
 from loquent.engine.features import whisper_spec
 from loquent.models.checkpoint import load_checkpoint
-from loquent.models.data import DataError, FeatureCache, Utterance, read_manifest
+from loquent.models.data import (
+    Augment,
+    DataError,
+    FeatureCache,
+    FeatureSource,
+    Utterance,
+    read_manifest,
+)
 from loquent.models.distillation import Distillation
+from loquent.models.noise import RecordedNoise
 from loquent.models.options import (
     RESUMES,
     add_data_options,
@@ -27,6 +35,7 @@ from loquent.models.presets import whisper_tiny
 from loquent.models.student import Student
 from loquent.models.tokens import Tokenizer
 from loquent.models.training import TrainConfig, Trainer
+from loquent.models.waveform import MASKS, WaveAugment, WaveformSource
 from loquent.models.whisper import initialise_from_whisper, load_whisper
 
 
@@ -56,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         help="makes the transducer speak earlier; try 0.005 (default: off)",
+    )
+    parser.add_argument(
+        "--waveforms",
+        action="store_true",
+        help="decode and change the recordings each time (speed, rooms, noise, codecs, vocal-tract "
+        "length) instead of cached features: more variety, more work",
     )
     group = parser.add_argument_group("distillation", "what to learn from a teacher, by weight")
     group.add_argument("--distil", type=Path, help="folder that `loquent distill` wrote")
@@ -160,12 +175,19 @@ def _run(args: argparse.Namespace) -> None:
         long_until=args.long_until,
         delay_penalty=args.delay_penalty,
         distil=distil,
+        augment=MASKS if args.waveforms else Augment(),
     )
+    train: FeatureSource
+    if args.waveforms:
+        noises = [RecordedNoise(args.noise, spec.sample_rate)] if args.noise else []
+        train = WaveformSource(utterances, spec, WaveAugment(), noises)
+    else:
+        train = FeatureCache(utterances, spec, cache)
     trainer = Trainer(
         args.run,
         student,
         tokenizer,
-        FeatureCache(utterances, spec, cache),
+        train,
         FeatureCache(dev_rows, spec, cache),
         weights,
         config,
@@ -176,7 +198,7 @@ def _run(args: argparse.Namespace) -> None:
             **({"teacher": teacher.about} if teacher else {}),
         },
         noise=FeatureCache(read_manifest(args.noise, labelled=False), spec, cache)
-        if args.noise
+        if args.noise and not args.waveforms
         else None,
         teacher=teacher,
         beside=beside,

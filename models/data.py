@@ -19,7 +19,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -110,6 +110,21 @@ def _features_of(job: tuple[Path, FeatureSpec]) -> NDArray[np.float16]:
     return fbank(spec, load_audio(path, sample_rate=spec.sample_rate)).astype(np.float16)
 
 
+class FeatureSource(Protocol):
+    """Where training takes its features from: a cache, or waveforms that are changed each time."""
+
+    utterances: list[Utterance]
+    spec: FeatureSpec
+
+    def __len__(self) -> int: ...
+
+    def frames(self, i: int) -> int:
+        """Frames of utterance ``i``, about: for making batches."""
+
+    def features(self, i: int, rng: np.random.Generator) -> NDArray[np.float32]:
+        """(T, F) of utterance ``i``; what is random about it comes from ``rng``."""
+
+
 class FeatureCache:
     """Features of a list of utterances, on disk, made on first use.
 
@@ -162,6 +177,10 @@ class FeatureCache:
     def frames(self, i: int) -> int:
         """Frames of utterance ``i``."""
         return int(self._ends[i] - (self._ends[i - 1] if i else 0))
+
+    def features(self, i: int, rng: np.random.Generator) -> NDArray[np.float32]:
+        """See :class:`FeatureSource`; always the same here."""
+        return self[i].astype(np.float32)
 
     def __getitem__(self, i: int) -> NDArray[np.float16]:
         return self._data[self._ends[i] - self.frames(i) : self._ends[i]]

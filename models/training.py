@@ -20,6 +20,7 @@ from loquent.models.data import (
     Augment,
     Batch,
     FeatureCache,
+    FeatureSource,
     augment,
     collate,
     epoch_batches,
@@ -216,7 +217,7 @@ class Trainer(Loop[Drawn]):
         run: Path,
         student: Student,
         tokenizer: Tokenizer,
-        train: FeatureCache,
+        train: FeatureSource,
         dev: FeatureCache,
         weights: list[float],
         config: TrainConfig,
@@ -281,7 +282,7 @@ class Trainer(Loop[Drawn]):
         right = _draw(self.config.right_contexts, rng)
         features = [
             augment(
-                torch.from_numpy(self.train[i].astype(np.float32)),
+                torch.from_numpy(self.train.features(i, rng)),
                 self.spec,
                 self.config.augment,
                 rng,

@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 from loquent.engine.audio import load_audio
 from loquent.engine.features import FeatureSpec, fbank
-from loquent.models.data import Utterance
+from loquent.models.data import Augment, Utterance
 from loquent.models.noise import MadeNoise, Noise, mix
 
 Float32 = NDArray[np.float32]
 Codec = Literal["narrow", "mulaw", "opus"]
 CODECS: tuple[Codec, ...] = ("narrow", "mulaw", "opus")
+# What is left to do to the features of changed waveforms: SpecAugment.
+MASKS = Augment(tempo=0.0, warp=0.0, gain=0.0, noise=0.0, reverb=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

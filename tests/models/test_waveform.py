@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from loquent.engine.audio import load_audio
 from loquent.engine.features import fbank, kaldi_spec, whisper_spec
-from loquent.models.data import read_manifest
+from loquent.models.checkpoint import read_tensors
+from loquent.models.data import FeatureCache, read_manifest
 from loquent.models.noise import MadeNoise
+from loquent.models.student import Student, StudentConfig
+from loquent.models.tokens import Tokenizer
+from loquent.models.training import TrainConfig, Trainer
 from loquent.models.waveform import (
     CODECS,
+    MASKS,
     Codec,
     WaveAugment,
     WaveformSource,
@@ -141,3 +148,37 @@ def test_settings_are_checked() -> None:
         WaveAugment(speeds=(3.0,))
     with pytest.raises(ValueError, match="got codecs"):
         WaveAugment(codecs=("mp3",))  # type: ignore[arg-type]
+
+
+def test_training_on_waveforms_resumes_exactly(
+    corpus: Path, tmp_path: Path, tiny_config: Callable[[int], StudentConfig]
+) -> None:
+    rows = read_manifest(corpus)
+    tokenizer = Tokenizer.train([u.text for u in rows], 16)
+    cache = FeatureCache(rows, whisper_spec(), tmp_path / "features", workers=1)
+
+    def train(run: Path, steps: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        source = WaveformSource(rows, whisper_spec(), EVERYTHING)
+        config = TrainConfig(
+            steps=steps,
+            decay=0,
+            batch_seconds=8,
+            warmup=2,
+            rnnt_from=99,
+            save_every=2,
+            eval_every=99,
+            bf16=False,
+            augment=MASKS,
+        )
+        student = Student(tiny_config(tokenizer.size))
+        Trainer(
+            run, student, tokenizer, source, cache, [1.0] * len(rows), config, {"start": "nothing"}
+        ).fit()
+        return read_tensors(run / "last" / "raw.safetensors")
+
+    whole = train(tmp_path / "whole", 4)
+    train(tmp_path / "stopped", 2)
+    resumed = train(tmp_path / "stopped", 4)
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
