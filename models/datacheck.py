@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import textwrap
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from loquent.models.text import normalise
 
 Level = Literal["error", "warning", "note"]
 SHORTEST, LONGEST = 0.2, 30.0  # seconds; training leaves out what is longer
-_EXAMPLES = 5
+_EXAMPLES, _WIDTH = 5, 160
 # Half of the audio within this many characters a second of the other half is usual; what lies
 # beyond so many deviations (median absolute, scaled) is no reading speed but a wrong text or cut.
 _DEVIATIONS = 6.0
@@ -67,7 +68,8 @@ class Report:
         self, level: Level, title: str, remedy: str = "", examples: Iterable[object] = ()
     ) -> None:
         """Note something down."""
-        shown = tuple(str(e) for e in itertools.islice(examples, _EXAMPLES))
+        cut = (textwrap.shorten(str(e), _WIDTH) for e in examples)
+        shown = tuple(itertools.islice(cut, _EXAMPLES))
         self.findings.append(Finding(level, title, remedy, shown))
 
 

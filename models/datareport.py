@@ -50,9 +50,11 @@ def as_text(report: Report) -> str:
 
 def verdict(report: Report) -> str:
     """One line."""
-    counts = {level: sum(f.level == level for f in report.findings) for level in _MARKS}
-    found = f"{counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes"
-    return f"{'passed' if report.passed else 'FAILED'}: {found}"
+    found = []
+    for level in _MARKS:
+        count = sum(f.level == level for f in report.findings)
+        found.append(f"{count} {level}{'' if count == 1 else 's'}")
+    return f"{'passed' if report.passed else 'FAILED'}: {', '.join(found)}"
 
 
 def as_html(report: Report, title: str) -> str:

@@ -213,10 +213,10 @@ def test_their_streaming_features_are_not_their_features(
         off.append((piece - whole[start : start + SEGMENT + RIGHT + 1]).abs().mean(1).numpy())
     by_frame = np.mean(off, axis=0)
     assert len(by_frame) == SEGMENT + RIGHT + 1  # one frame more than the segment has
-    assert by_frame[1:2].max() < 0.05 or by_frame[0] > 0.05
-    np.testing.assert_allclose(by_frame[2:-3], 0, atol=2e-3)
-    assert by_frame[0] > 0.05
-    assert by_frame[-1] > 0.05
+    np.testing.assert_allclose(by_frame[2:-2], 0, atol=2e-3)
+    # In units of the features' standard deviation.
+    assert by_frame[0] > 0.1 > by_frame[1]
+    assert by_frame[-1] > 0.1 > by_frame[-2]
 
 
 @torch.no_grad()
