@@ -216,5 +216,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     size = sum(f.stat().st_size for f in args.output.iterdir())
     bundle = Bundle.load(args.output)
-    print(f"{args.output}: {bundle.name} {bundle.precision}, {size / 1e6:.1f} MB")
+    print(f"{args.output}: {bundle.name} {bundle.precision}, {size / 1e6:.1f} MB; try")
+    print(f"  loquent transcribe FILE --bundle {args.output} --chunk-ms {CHUNK_MS}")
     return 0

@@ -253,7 +253,7 @@ def test_int8(theirs: Theirs, bundle: Path, capsys: pytest.CaptureFixture[str]) 
     out = theirs.folder / "int8"
     options = [*theirs.options, "--int8", "-o", str(out)]
     assert main(["import", "torchaudio-emformer", *options]) == 0
-    assert "int8" in capsys.readouterr().out.splitlines()[-1]
+    assert " int8, " in capsys.readouterr().out.splitlines()[-2]
     small, large = ((f / "encoder.onnx").stat().st_size for f in (out, bundle))
     assert small < 0.7 * large
     assert ours(out, theirs.pcm)[0]
