@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     HubertConfig,
     HubertModel,
@@ -274,6 +275,24 @@ def test_language_adapters(corpus: Path, xlsr: Path, tmp_path: Path) -> None:
     moved = {n for n, t in after.items() if n not in old or not torch.equal(t, old[n])}
     assert moved
     assert all("adapter_layer" in name for name in moved)
+
+
+def test_an_adapter_of_a_language_is_loaded(tmp_path: Path) -> None:
+    """MMS keeps one file of adapters, and a head, for each language."""
+    torch.manual_seed(0)
+    model = Wav2Vec2ForCTC(Wav2Vec2Config(**TINY, adapter_attn_dim=4))
+    model.save_pretrained(tmp_path)
+    model.init_adapter_layers()
+    adapters = {n: t + 1 for n, t in model._get_adapters().items() if "lm_head" not in n}
+    head = {"lm_head.weight": torch.randn(23, 32), "lm_head.bias": torch.zeros(23)}
+    save_file({**adapters, **head}, tmp_path / "adapter.xyz.safetensors", {"format": "pt"})
+    encoder, _ = load_encoder(str(tmp_path), adapter="xyz")
+    state = encoder.state_dict()
+    assert adapters
+    for name, tensor in adapters.items():
+        assert torch.equal(state[name.removeprefix("wav2vec2.")], tensor)
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_encoder(str(tmp_path), adapter="abc")
 
 
 def test_what_is_no_teacher_is_named(tmp_path: Path, xlsr: Path) -> None:
