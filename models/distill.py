@@ -180,9 +180,7 @@ def cache_outputs(
             teacher.prepare(utterances, features)
         total = sum(u.duration for u in utterances)
         left = sum(utterances[i].duration for i in missing)
-        bar = tqdm(
-            total=round(total / 3600, 3), initial=round((total - left) / 3600, 3), unit="h audio"
-        )
+        bar = tqdm(total=round(total), initial=round(total - left), unit="s audio")
         for batch in _by_length(utterances, missing, batch_seconds):
             heard = teacher.listen(batch)
             rows = [utterances[i] for i in batch]
@@ -197,7 +195,7 @@ def cache_outputs(
                 [encoded for _, encoded in heard] if keep_features else None,
                 more,
             )
-            bar.update(sum(u.duration for u in rows) / 3600)
+            bar.update(round(sum(u.duration for u in rows)))
         bar.close()
         return dict(writer.done)
 

@@ -124,6 +124,13 @@ def test_wav2vec_from_pretraining_to_a_student(
     assert pretraining.main([*loop(corpus, pre, steps=2), *options(teacher=xlsr)]) == 0
     assert pretraining.main([*loop(corpus, pre), *options(teacher=xlsr)]) == 0
     assert float(columns(pre)["loss"]) > 0
+    # Masks, dropout and skipped layers are those of a run that was not interrupted.
+    straight = tmp_path / "straight"
+    assert pretraining.main([*loop(corpus, straight), *options(teacher=xlsr)]) == 0
+    for file in ("model", "raw", "optimizer"):
+        expected = read_tensors(straight / "last" / f"{file}.safetensors")
+        got = read_tensors(pre / "last" / f"{file}.safetensors")
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
     # Its result is a teacher's start; text is new, so is the head.
     teach = tmp_path / "teacher"
     args = ["teacher", *loop(corpus, teach), *options(teacher=pre / "last", vocab=12)]
