@@ -29,6 +29,7 @@ from loquent.engine.errors import LoquentError
 from loquent.engine.recognizer import Recognizer
 
 BATCHES = (1, 4, 16)
+SAMPLE = Path(sys.modules["loquent.engine"].__path__[0]) / "samples" / "morning.flac"
 
 
 def _median_p90(seconds: Sequence[float]) -> tuple[float, float]:
@@ -69,6 +70,39 @@ def time_steps(
         for stream in streams:
             stream.events()
     return _median_p90(seconds[3:])
+
+
+def time_decoders(
+    recognizer: Recognizer, *, decoders: Sequence[str], chunk_ms: float, batch: int, steps: int
+) -> dict[str, float]:
+    """Milliseconds of processor time of one ``step`` of ``batch`` streams, by decoder.
+
+    The decoders take turns, so that whatever else the machine does is the same for all; the mean of
+    the steps without the slowest tenth, as a beam's work differs from chunk to chunk.
+    """
+    rate = recognizer.bundle.sample_rate
+    speech = _speech(SAMPLE, rate, 60.0)
+    chunk = round(chunk_ms * rate / 1000)
+    streams = {
+        decoder: [recognizer.stream(chunk_ms=chunk_ms, decoder=decoder) for _ in range(batch)]
+        for decoder in decoders
+    }
+    seconds: dict[str, list[float]] = {decoder: [] for decoder in decoders}
+    position = 0
+    while len(seconds[decoders[-1]]) < steps + 3:
+        for decoder, members in streams.items():
+            for i, stream in enumerate(members):
+                start = (position + i * rate) % len(speech)
+                stream.accept(np.take(speech, range(start, start + chunk), mode="wrap"))
+            if all(stream.ready for stream in members):
+                before = time.thread_time()
+                recognizer.step(members)
+                seconds[decoder].append(time.thread_time() - before)
+            for stream in members:
+                stream.events()
+        position += chunk
+    kept = {decoder: sorted(times[3:])[: -(-9 * steps // 10)] for decoder, times in seconds.items()}
+    return {decoder: 1e3 * float(np.mean(times)) for decoder, times in kept.items()}
 
 
 def bench_bundle(
@@ -211,11 +245,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sample = Path(sys.modules["loquent.engine"].__path__[0]) / "samples" / "morning.flac"
     result: dict[str, Any] = {}
     try:
         result["bundle"] = bench_bundle(
-            args.bundle, args.audio or sample, args.chunk_ms, args.decoder, args.steps
+            args.bundle, args.audio or SAMPLE, args.chunk_ms, args.decoder, args.steps
         )
     except LoquentError as error:
         parser.exit(1, f"loquent bench: {error}\n")

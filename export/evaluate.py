@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from loquent.engine.audio import load_audio
 from loquent.engine.bundle import DECODERS
 from loquent.engine.errors import LoquentError
 from loquent.engine.recognizer import Recognizer
+from loquent.export.bench import time_decoders
 from loquent.export.card import write_card
 from loquent.export.emission import DelayMeter
 from loquent.export.peers import Peer, open_peers
@@ -33,6 +34,7 @@ from loquent.export.results import (
     cost_table,
     delay_table,
     entity_table,
+    speed_table,
     table,
     write_lines,
 )
@@ -43,6 +45,8 @@ from loquent.models.data import DataError, Utterance, read_manifest
 from loquent.models.noise import Noise, mix, open_noise
 
 Float32 = NDArray[np.float32]
+# Measured steps by number of streams.
+SPEED_STEPS = {1: 100, 16: 30}
 
 
 class Clips:
@@ -110,6 +114,7 @@ def evaluate(
     chunk_ms: float,
     batch: int = BATCH,
     delays: DelayMeter | None = None,
+    steps_ms: Mapping[int, float] | None = None,
 ) -> Result:
     """Score one bundle with one decoder at one chunk size."""
     if not isinstance(clips, Clips):
@@ -130,6 +135,7 @@ def evaluate(
         ),
         cpu_seconds=cpu,
         audio_seconds=clips.seconds,
+        steps_ms=steps_ms or {},
         delays=delays.measure(said) if delays else (),
     )
 
@@ -194,6 +200,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KIND|PATH",
         help="babble, white, pink, brown, or a folder or JSONL manifest of recordings "
         "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--speed",
+        action="store_true",
+        help="time a chunk of 1 and 16 streams with each decoder, which take turns",
     )
     delay = parser.add_argument_group("delay of words")
     delay.add_argument(
@@ -267,9 +278,11 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
         recognizer = Recognizer.load(source, threads=args.threads)
         bundle = recognizer.bundle
         meter = DelayMeter(args.aligner or source, utterances) if args.delay else None
+        decoders, chunks = args.decoder or bundle.decoders, args.chunk_ms or bundle.chunks_ms
+        speeds = _speeds(recognizer, decoders, chunks) if args.speed else {}
         for clips in conditions:
-            for decoder in args.decoder or bundle.decoders:
-                for chunk_ms in args.chunk_ms or bundle.chunks_ms:
+            for decoder in decoders:
+                for chunk_ms in chunks:
                     note(
                         evaluate(
                             recognizer,
@@ -278,12 +291,28 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
                             chunk_ms=chunk_ms,
                             batch=batch,
                             delays=meter,
+                            steps_ms=speeds.get((decoder, chunk_ms)),
                         )
                     )
     for name, peer in peers.items():
         for clips in conditions:
             note(evaluate_peer(name, peer, clips))
     return results, sources
+
+
+def _speeds(
+    recognizer: Recognizer, decoders: Sequence[str], chunks_ms: Sequence[float]
+) -> dict[tuple[str, float], dict[int, float]]:
+    """Processor milliseconds of a step by decoder and chunk size, and by number of streams."""
+    found: dict[tuple[str, float], dict[int, float]] = {}
+    for chunk_ms in chunks_ms:
+        for batch, steps in SPEED_STEPS.items():
+            times = time_decoders(
+                recognizer, decoders=decoders, chunk_ms=chunk_ms, batch=batch, steps=steps
+            )
+            for decoder, ms in times.items():
+                found.setdefault((decoder, chunk_ms), {})[batch] = ms
+    return found
 
 
 def _tables(results: Sequence[Result], by: Sequence[str], *, costs: bool) -> str:
@@ -295,6 +324,8 @@ def _tables(results: Sequence[Result], by: Sequence[str], *, costs: bool) -> str
         parts.append(entities)
     if costs:
         parts.append(cost_table(results))
+    if speeds := speed_table(results):
+        parts += ["Processor time of a chunk, and beside that of greedy RNN-T:", speeds]
     if delays := delay_table(results):
         parts += ["From the end of a word, by forced alignment, to its caption:", delays]
     return "\n\n".join(parts)

@@ -44,6 +44,8 @@ class Result:
         lines: the clips.
         cpu_seconds: processor time that they took, features included, reading files excluded.
         audio_seconds: their length.
+        steps_ms: processor milliseconds of one step by how many streams it takes; empty unless
+            measured.
         delays: seconds from the end of each word that was heard right to its caption: as it stood
             there for good, and as it was committed. Empty unless measured.
     """
@@ -56,6 +58,7 @@ class Result:
     lines: tuple[Line, ...]
     cpu_seconds: float = 0.0
     audio_seconds: float = 0.0
+    steps_ms: Mapping[int, float] = field(default_factory=dict)
     delays: tuple[tuple[float, float], ...] = ()
     numbers: Tally = field(init=False)
     names: Tally = field(init=False)
@@ -154,6 +157,29 @@ def cost_table(results: Sequence[Result]) -> str:
     return _table(results, ["CPU s / audio s"], lambda r: [f"{r.cpu:.4f}"])
 
 
+def speed_table(results: Sequence[Result]) -> str:
+    """Markdown: processor milliseconds a chunk, beside greedy RNN-T; empty if not measured."""
+    measured = [r for r in results if r.steps_ms and r.noise == CLEAN]
+    if not measured:
+        return ""
+    batches = sorted({batch for r in measured for batch in r.steps_ms})
+    greedy = {
+        (r.bundle, r.precision, r.chunk_ms): r.steps_ms for r in measured if r.decoder == "rnnt"
+    }
+
+    def cells(r: Result) -> list[str]:
+        found = []
+        for batch in batches:
+            ms = r.steps_ms[batch]
+            base = greedy.get((r.bundle, r.precision, r.chunk_ms))
+            found.append(f"{ms:.2f}" + (f" ({ms / base[batch]:.2f}x)" if base else ""))
+        most = batches[-1]
+        return [*found, f"{most * r.chunk_ms / r.steps_ms[most]:.0f}"]
+
+    heads = [f"ms a chunk, {batch} stream{'s' * (batch > 1)}" for batch in batches]
+    return _table(measured, [*heads, f"streams a core, {batches[-1]} together"], cells)
+
+
 def delay_table(results: Sequence[Result]) -> str:
     """Markdown: milliseconds from the end of a word to its caption; empty if not measured."""
     measured = [r for r in results if r.delays]
@@ -199,6 +225,8 @@ def as_dicts(results: Sequence[Result], by: Sequence[str] = ("source",)) -> list
             "names": {"heard": r.names.count, "words": r.names.total},
             "cpu_per_second": round(r.cpu, 5) if r.audio_seconds else None,
         }
+        if r.steps_ms:
+            row["step_ms"] = {str(n): round(ms, 3) for n, ms in r.steps_ms.items()}
         if r.delays:
             shown, committed = np.array(r.delays).T
             row["delay_ms"] = {

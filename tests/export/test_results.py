@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from num2words import num2words
 
 from loquent.engine.events import Final, Partial, Word
+from loquent.engine.recognizer import Recognizer
+from loquent.export.bench import time_decoders
 from loquent.export.emission import delays
 from loquent.export.peers import spell_digits
-from loquent.export.results import Line, Result, as_dicts, delay_table, entity_table, table
+from loquent.export.results import (
+    Line,
+    Result,
+    as_dicts,
+    delay_table,
+    entity_table,
+    speed_table,
+    table,
+)
 from loquent.export.streaming import Said, Watcher
 from loquent.models.align import AlignedWord
 from loquent.models.data import Utterance
@@ -38,6 +49,28 @@ def test_table() -> None:
         "| other | - | - | whole | 0.0 ± 0.0 / 0.0 | - | 0.0 ± 0.0 / 0.0 |",
     ]
     assert "| - | uk | us |" in table([RESULT], "accent")
+
+
+def test_speed_stands_beside_greedy() -> None:
+    slow = replace(RESULT, decoder="joint", steps_ms={1: 3.0, 16: 48.0})
+    rows = speed_table([replace(RESULT, steps_ms={1: 2.0, 16: 40.0}), slow, PEER]).splitlines()
+    assert rows[0].endswith(
+        "| ms a chunk, 1 stream | ms a chunk, 16 streams | streams a core, 16 together |"
+    )
+    assert rows[2:] == [
+        "| en | int8 | rnnt | 160 | 2.00 (1.00x) | 40.00 (1.00x) | 64 |",
+        "| en | int8 | joint | 160 | 3.00 (1.50x) | 48.00 (1.20x) | 53 |",
+    ]
+    assert speed_table([slow]).splitlines()[-1].endswith("| 3.00 | 48.00 | 53 |")
+    assert speed_table([RESULT]) == ""
+    assert as_dicts([slow])[0]["step_ms"] == {"1": 3.0, "16": 48.0}
+
+
+def test_decoders_are_timed_in_turns() -> None:
+    decoders = ["joint", "rnnt"]
+    times = time_decoders(Recognizer.load("en"), decoders=decoders, chunk_ms=160, batch=2, steps=4)
+    assert list(times) == decoders
+    assert all(0 < ms < 1000 for ms in times.values())
 
 
 def test_entities_and_delays() -> None:
