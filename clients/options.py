@@ -75,8 +75,8 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PHRASE[:BOOST]",
-        help="a name or term to expect, in any casing; may be repeated; a boost of 1 to 3 is usual "
-        f"(default: {DEFAULT_BOOST:g})",
+        help="a name or term to expect, in any casing; may be repeated; a boost above 1 finds more "
+        f"and hears more that was not said (default: {DEFAULT_BOOST:g})",
     )
     parser.add_argument(
         "--hotwords", metavar="FILE", help="a text file with a PHRASE[:BOOST] on each line"

@@ -1,7 +1,8 @@
 """``loquent words``: what word times and confidences are worth, and the rules that make them.
 
 Half of the clips is used to measure how late a decoder's tokens are and what their probabilities
-mean; the other half to judge it. With --write the rules go into the bundle's manifest.
+mean; the other half to judge it. With --write the rules go into the bundle's manifest. With --train
+hotwords are judged, too: on the words that the training transcripts have seldom or never.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from numpy.typing import NDArray
 from loquent.engine.bundle import DECODERS, Bundle
 from loquent.engine.errors import LoquentError
 from loquent.engine.fields import MANIFEST
+from loquent.engine.hotwords import DEFAULT_BOOST
+from loquent.engine.recognizer import Recognizer
 from loquent.engine.text import WORD_START
 from loquent.engine.words import PLAIN, WordRules
+from loquent.export import bias
+from loquent.export.bias import BiasResult
 from loquent.export.bundle import update_manifest
 from loquent.export.calibration import Reliability, fit_confidence, reliability
 from loquent.export.reference import Times, align_ctc, align_hmm, read_times, write_times
@@ -131,7 +136,7 @@ def tables(found: Mapping[str, Measured]) -> str:
     return "\n".join(lines)
 
 
-def as_json(found: Mapping[str, Measured]) -> str:
+def as_json(found: Mapping[str, Measured], hotwords: Sequence[BiasResult] = ()) -> str:
     """One JSON line with the numbers of :func:`tables` and the rules."""
     rows = {
         name: {
@@ -145,7 +150,7 @@ def as_json(found: Mapping[str, Measured]) -> str:
         }
         for name, one in found.items()
     }
-    return json.dumps({"words": rows})
+    return json.dumps({"words": rows, "hotwords": bias.as_rows(hotwords)})
 
 
 def rules_of(rules: WordRules) -> dict[str, float]:
@@ -186,8 +191,13 @@ def _run(args: argparse.Namespace) -> None:
     for decoder in args.decoder or bundle.decoders:
         heard = probe.hear(utterances, decoder=decoder, chunk_ms=chunk_ms)
         found[decoder] = measure(heard, reference, utterances, characters, bundle.frame_seconds)
-    print(tables(found))
-    print(as_json(found))
+    hotwords = _bias(args, utterances, list(found), chunk_ms) if args.train else []
+    text = tables(found)
+    if hotwords:
+        text += "\n\nHotwords, for each clip its own rare words and others:\n\n"
+        text += bias.table(hotwords)
+    print(text)
+    print(as_json(found, hotwords))
     if args.write:
         rules = {name: rules_of(one.rules) for name, one in found.items()}
         update_manifest(Path(args.bundle), words=dict(bundle.manifest.get("words", {})) | rules)
@@ -196,8 +206,8 @@ def _run(args: argparse.Namespace) -> None:
         from loquent.export.plots import plot_reliability, plot_times
 
         args.report.mkdir(parents=True, exist_ok=True)
-        (args.report / "words.md").write_text(tables(found) + "\n", "utf-8")
-        (args.report / "words.json").write_text(as_json(found) + "\n", "utf-8")
+        (args.report / "words.md").write_text(text + "\n", "utf-8")
+        (args.report / "words.json").write_text(as_json(found, hotwords) + "\n", "utf-8")
         note = f"{bundle.name} {bundle.precision}, {chunk_ms:g} ms chunks, {args.manifest.name}"
         plot_reliability(
             args.report / "reliability.png",
@@ -207,6 +217,21 @@ def _run(args: argparse.Namespace) -> None:
         plot_times(
             args.report / "times.png", {name: one.times for name, one in found.items()}, note
         )
+
+
+def _bias(
+    args: argparse.Namespace, utterances: Sequence[Utterance], decoders: Sequence[str], chunk: float
+) -> list[BiasResult]:
+    recognizer = Recognizer.load(args.bundle, threads=args.threads)
+    training = [row for path in args.train for row in read_manifest(path)]
+    cases = bias.make_set(utterances, training, recognizer)
+    return [
+        bias.run(
+            recognizer, cases, decoder=decoder, chunk_ms=chunk, distractors=count, boost=args.boost
+        )
+        for decoder in decoders
+        for count in (None, *args.distractors)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,6 +257,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, metavar="DIR", help="tables, JSON and plots")
     parser.add_argument(
         "--write", action="store_true", help="put the rules into the manifest of --bundle FOLDER"
+    )
+    parser.add_argument(
+        "--train",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="MANIFEST",
+        help="what the model was trained on; may be repeated; with it hotwords are judged",
+    )
+    parser.add_argument(
+        "--distractors",
+        type=int,
+        nargs="+",
+        default=[0, 100, 1000],
+        metavar="N",
+        help="words in a clip's list that it does not say (default: 0 100 1000)",
+    )
+    parser.add_argument(
+        "--boost", type=float, default=DEFAULT_BOOST, help="of all hotwords (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)

@@ -134,7 +134,7 @@ def test_phrases_that_do_not_work(phrase: str, message: str) -> None:
 
 def test_casing_and_punctuation_do_not_matter() -> None:
     assert graph("A-b, CA’b!").words == {"a", "b", "ca'b"}
-    upper = HotwordGraph([Hotword(phrase="ab")], ["<blank>", "▁A", "B"], 0)
+    upper = HotwordGraph([Hotword(phrase="ab", boost=1.5)], ["<blank>", "▁A", "B"], 0)
     assert paid(upper, [1, 2]) == 3.0
 
 

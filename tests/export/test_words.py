@@ -14,7 +14,9 @@ import soundfile
 
 from loquent.engine.bundle import Bundle
 from loquent.engine.decode import Token
+from loquent.engine.recognizer import Recognizer
 from loquent.engine.words import PLAIN, WordRules
+from loquent.export.bias import make_set
 from loquent.export.calibration import fit_confidence, reliability
 from loquent.export.reference import Times, align_hmm, read_times, write_times
 from loquent.export.timing import Pair, errors, fit_timing
@@ -137,13 +139,22 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "en"
     shutil.copytree(Path(str(files("loquent.engine"))) / "bundles" / "en", folder)
-    options = [str(clips), "--decoder", "rnnt", "--align", "en"]
+    # In training there was no "nine", and all else often.
+    rows = [json.loads(line) for line in clips.read_text().splitlines()]
+    train = tmp_path / "train.jsonl"
+    text = " ".join([rows[0]["text"].replace("nine", "ten")] * 3)
+    train.write_text(json.dumps(rows[0] | {"text": f"{text} zebra"}) + "\n")
+    options = [str(clips), "--decoder", "rnnt", "--align", "en", "--train", str(train)]
+    options += ["--distractors", "1"]
     assert (
         main([*options, "--bundle", str(folder), "--report", str(tmp_path / "r"), "--write"]) == 0
     )
     table, line = capsys.readouterr().out.rstrip().rsplit("\n", 1)
     assert "| rnnt |" in table
-    rows = json.loads(line)["words"]
+    found = json.loads(line)
+    assert [row["distractors"] for row in found["hotwords"]] == [None, 1]
+    assert all(row["rare"] == 6 for row in found["hotwords"])
+    rows = found["words"]
     rules = Bundle.load(folder).word_rules("rnnt")
     assert rows["rnnt"]["rules"]["delay"] == rules.delay
     # The reference is the model's own, so its frames need next to no correction.
@@ -172,3 +183,21 @@ def test_the_hidden_markov_models_find_the_words() -> None:
     edges = [edge for word in times for edge in (word.start, word.end)]
     assert edges == sorted(edges)
     assert 0 < edges[0] < 1
+
+
+def test_the_bias_set() -> None:
+    recognizer = Recognizer.load("en")
+    clips = [utterance("1", "the xylem of naïve zebras"), utterance("2", "the the zebras")]
+    train = [utterance("3", "the of the of the of zebras quince quince rhubarb")]
+    found = make_set(clips, train, recognizer, most=2)
+    # The letters of "naïve" are not the model's.
+    assert found.rare == (("xylem", "zebras"), ("zebras",))
+    assert found.distractors == ("quince", "rhubarb", "xylem", "zebras")
+    lists = [[h.phrase for h in found.hotwords(i, 9, 2.0)] for i in (0, 1)]
+    assert [sorted(words) for words in lists] == [
+        ["quince", "rhubarb", "xylem", "zebras"],
+        ["quince", "rhubarb", "xylem", "zebras"],
+    ]
+    assert lists[1][0] == "zebras"
+    assert [h.boost for h in found.hotwords(1, 1, 2.0)] == [2.0, 2.0]
+    assert found.hotwords(1, 1, 2.0) == found.hotwords(1, 1, 2.0)
