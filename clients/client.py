@@ -68,8 +68,8 @@ class Session:
     has not confirmed is kept here, `KEEP` seconds of audio at most, and sent again.
     """
 
-    def __init__(self, url: str, start: Start, patience: float) -> None:
-        self._url, self._start, self._patience = url, start, patience
+    def __init__(self, url: str, start: Start, patience: float, key: str | None = None) -> None:
+        self._url, self._start, self._patience, self._key = url, start, patience, key
         self._dtype = np.dtype("<i2" if start.encoding == "s16le" else "<f4")
         self.ready: Ready
         self.progress = Progress(received=0.0, processed=0.0)
@@ -156,7 +156,7 @@ class Session:
             await self._connection.close()
 
     async def _open(self, hello: str) -> None:
-        connection = await _dial(self._url, self._patience)
+        connection = await _dial(self._url, self._patience, self._key)
         try:
             await connection.send(hello)
             async with asyncio.timeout(self._patience):
@@ -264,14 +264,18 @@ class Session:
 
 
 @asynccontextmanager
-async def connect(url: str, start: Start, *, patience: float = 10.0) -> AsyncIterator[Session]:
+async def connect(
+    url: str, start: Start, *, patience: float = 10.0, key: str | None = None
+) -> AsyncIterator[Session]:
     """Open a session at `url` (ws:// or wss://), waiting `patience` seconds for each answer.
+
+    `key` is the API key, where the server asks for one.
 
     Raises:
         UnreachableError: there is no server, or it refuses.
         WireError: it does not take `start`; the message says why.
     """
-    session = Session(url, start, patience)
+    session = Session(url, start, patience, key)
     await session.open()
     pump = asyncio.create_task(session.pump())
     try:
@@ -282,13 +286,14 @@ async def connect(url: str, start: Start, *, patience: float = 10.0) -> AsyncIte
         await session.close()
 
 
-async def _dial(url: str, patience: float) -> ClientConnection:
+async def _dial(url: str, patience: float, key: str | None) -> ClientConnection:
     # A proxy that the environment names cannot reach this machine's own addresses.
     proxy: Literal[True] | None = None if is_loopback(urlsplit(url).hostname or "") else True
     try:
         return await open_websocket(
             url,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
+            additional_headers={} if key is None else {"Authorization": f"Bearer {key}"},
             compression=None,
             proxy=proxy,
             open_timeout=patience,

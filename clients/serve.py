@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -26,7 +27,7 @@ from loquent.clients.options import (
 )
 from loquent.engine import tls
 from loquent.engine.auth import Keys
-from loquent.engine.errors import ConfigError
+from loquent.engine.errors import ConfigError, LoquentError
 from loquent.engine.limits import Limits
 from loquent.engine.protocol import PATH
 from loquent.engine.recognizer import Recognizer
@@ -40,6 +41,8 @@ EXAMPLES = """\
   loquent serve --workers 4                     four processes on one port (Linux)"""
 
 API_KEYS = "LOQUENT_API_KEYS"
+
+logger = logging.getLogger(__name__)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -218,7 +221,7 @@ def main(argv: Sequence[str]) -> int:
     config = server_config(options)
     recognizer = open_recognizer(options)
     try:
-        asyncio.run(_serve(recognizer, config))
+        asyncio.run(_serve(recognizer, config, options))
     except OSError as exc:
         reason = exc.strerror or exc
         return fail(f"cannot listen on {options.host} port {options.port}: {reason}; try --port")
@@ -275,9 +278,10 @@ def server_config(options: argparse.Namespace) -> ServerConfig:
     )
 
 
-async def _serve(recognizer: Recognizer, config: ServerConfig) -> None:
+async def _serve(recognizer: Recognizer, config: ServerConfig, options: argparse.Namespace) -> None:
     stop = stop_event()
     async with Server(recognizer, config) as server:
+        reload_on_hangup(server, options)
         announce(config, server.port)
         say("Ctrl-C stops it.")
         await stop.wait()
@@ -299,6 +303,23 @@ def stop_event() -> asyncio.Event:
         for number in signals:
             loop.add_signal_handler(number, end)
     return stop
+
+
+def reload_on_hangup(server: Server, options: argparse.Namespace) -> None:
+    """At SIGHUP read keys and certificate again; sessions go on, what is wrong changes nothing."""
+
+    def reload() -> None:
+        try:
+            server.host.replace_keys(load_keys(options))
+            if server.config.tls is not None:
+                tls.load(server.config.tls, options.tls_cert, options.tls_key)
+        except (LoquentError, OSError) as exc:
+            logger.error("keys and certificate stay as they were: %s", exc)
+        else:
+            logger.warning("keys and certificate are read again")
+
+    with contextlib.suppress(NotImplementedError, AttributeError):  # Windows has no SIGHUP
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def announce(config: ServerConfig, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from bisect import bisect_left
@@ -26,6 +27,8 @@ from loquent.clients.terminal import DIM, PLAIN, is_live
 from loquent.engine.audio import AudioFile
 from loquent.engine.events import Ended, Final, Finalized, Partial
 from loquent.engine.protocol import Start
+
+API_KEY = "LOQUENT_API_KEY"
 
 EXAMPLES = """\
   loquent stream talk.wav
@@ -98,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--url",
         default="ws://127.0.0.1:8765/v1/stream",
-        help="the server (default: %(default)s)",
+        help=f"the server (default: %(default)s); an API key for it comes from {API_KEY}",
     )
     parser.add_argument(
         "--chunk-ms",
@@ -152,7 +155,7 @@ async def _run(options: argparse.Namespace) -> None:
         stability=options.stability,
     )
     timeline = Timeline()
-    async with connect(options.url, start) as session:
+    async with connect(options.url, start, key=os.environ.get(API_KEY)) as session:
         ready = session.ready
         print(
             f"{ready.bundle}, {ready.decoder}, {ready.chunk_ms:g} ms at a time, at best "

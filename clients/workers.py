@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from loquent.clients.serve import (
     announce,
     open_recognizer,
     parser,
+    reload_on_hangup,
     say,
     server_config,
     stop_event,
@@ -93,6 +95,7 @@ class Supervisor:
     async def run(self) -> int:
         """Until SIGTERM or Ctrl-C, or until a worker cannot even start; the exit status."""
         self._stop = stop_event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
         loop = asyncio.get_running_loop()
         started: list[asyncio.Future[bool]] = [loop.create_future() for _ in range(self._count)]
         slots = [
@@ -159,6 +162,11 @@ class Supervisor:
             start_new_session=True,
         )
 
+    def _reload(self) -> None:
+        for process in self._processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGHUP)
+
     async def _end(self, slots: Sequence[asyncio.Task[None]]) -> None:
         for process in self._processes.values():
             with contextlib.suppress(ProcessLookupError):
@@ -206,17 +214,18 @@ def work(port: int, argv: Sequence[str]) -> int:
         )
         config = dataclasses.replace(server_config(options), port=port, reuse_port=True)
         recognizer = open_recognizer(options)
-        asyncio.run(_work(recognizer, config))
+        asyncio.run(_work(recognizer, config, options))
     except (LoquentError, OSError) as exc:
         return fail(str(exc))
     return 0
 
 
-async def _work(recognizer: Recognizer, config: ServerConfig) -> None:
+async def _work(recognizer: Recognizer, config: ServerConfig, options: argparse.Namespace) -> None:
     stop = stop_event()
     # The other end of this pipe closes with the supervisor, however that ends.
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stop.set)
-    async with Server(recognizer, config):
+    async with Server(recognizer, config) as server:
+        reload_on_hangup(server, options)
         sys.stdout.buffer.write(_READY)
         sys.stdout.buffer.flush()
         await stop.wait()

@@ -62,6 +62,10 @@ class Line:
             return None
         return self._why()
 
+    def release(self, name: str) -> None:
+        """A place that was granted will not be taken. Idempotent."""
+        self._granted.pop(name, None)
+
     def _why(self) -> str | None:
         old = time.monotonic() - _GRANT
         self._granted = {name: when for name, when in self._granted.items() if when > old}

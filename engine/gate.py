@@ -60,7 +60,7 @@ class Gate:
         trusted_proxies: Collection[str] = (),
         local: bool = False,
     ) -> None:
-        self._keys = keys
+        self.keys = keys  # may be replaced while it works
         self._allow_origins = allow_origins
         self._proxies = frozenset(trusted_proxies)
         self._local = local
@@ -103,9 +103,9 @@ class Gate:
             yield
 
     def _identify(self, handshake: Handshake) -> str | None:
-        if not self._keys:
+        if not self.keys:
             return None
-        name = self._keys.name_of(handshake.credentials)
+        name = self.keys.name_of(handshake.credentials)
         if name is None:
             given = "this one is not known" if handshake.credentials else "the request has none"
             message = f"An API key is needed, and {given}: send Authorization: Bearer KEY."

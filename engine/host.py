@@ -178,6 +178,10 @@ class Host:
             self.metrics.refuse(HTTPStatus.SERVICE_UNAVAILABLE)
             raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, why, {"Retry-After": str(RETRY_AFTER)})
 
+    def release(self, opened: Opened) -> None:
+        """The client is gone before its session began. Idempotent."""
+        self._line.release(opened.session)
+
     def _full(self, granted: int) -> str | None:
         if self.draining:
             return "this server is stopping; try another"
@@ -272,6 +276,11 @@ class Host:
         logger.warning("%d sessions did not finish in time", len(self.sessions))
         for session in list(self.sessions):
             session.abort()
+
+    def replace_keys(self, keys: Keys) -> None:
+        """Other keys from now on; sessions that are open stay."""
+        self._gate.keys = keys
+        self.config = dataclasses.replace(self.config, keys=keys)
 
     def may_read_metrics(self, peer: str, headers: Mapping[str, str]) -> bool:
         """Whether a request for ``/metrics`` is answered: see ``ServerConfig.metrics_token``."""

@@ -64,11 +64,11 @@ class FileRequest:
         """Answer it, whatever it is, and close."""
         try:
             await self._answer()
-        except (_Gone, ConnectionError, h11.RemoteProtocolError) as exc:
+        except (_Gone, OSError, h11.RemoteProtocolError) as exc:
             logger.info("an upload from %s broke off: %s", self._peer, exc)
         finally:
             self._writer.close()
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(OSError):
                 await self._writer.wait_closed()
 
     async def _answer(self) -> None:

@@ -138,6 +138,8 @@ class Server:
         try:
             connection.opened = self.host.open(connection.peer, request.path, headers)
             await self.host.admit(connection.opened)
+            if connection.transport.is_closing():  # it left while it stood in line
+                self.host.release(connection.opened)
         except Refused as refused:
             response = web.respond_text(refused.status, str(refused))
             response.headers.update(refused.headers)
@@ -175,6 +177,12 @@ class _Connection(ServerConnection):
         self._owner = owner
         self._first: bytes | None = b""  # what came so far, until it is known whose it is
         self._handler: asyncio.Task[None]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if hasattr(self, "opened"):
+            # Or those who come and go at once would hold all places between them.
+            self._owner.host.release(self.opened)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         known = set(self.server.handler_tasks)

@@ -241,13 +241,40 @@ def test_keys_over_tls(start: Any, bundle: str, speech: Path, tmp_path: Path) ->
     refused = start("stream", str(speech), "--url", url, env=trust)
     assert refused.wait() == 1
     assert "401" in refused.err
-    heard = start("stream", str(speech), "--url", f"{url}?token={KEY}", env=trust)
+    heard = start("stream", str(speech), "--url", url, env={**trust, "LOQUENT_API_KEY": KEY})
     assert heard.wait() == 0
     assert "bana bana kiwi" in heard.out
     program.process.send_signal(signal.SIGTERM)
     assert program.wait() == 0
     assert "key of alice" in program.err
     assert KEY not in program.err
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_keys_are_read_again(serve: Any, tmp_path: Path, workers: str) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"alice {KEY}\n")
+    path.chmod(0o600)
+    program, url = serve("--keys-file", str(path), "--workers", workers, "--log-level", "warning")
+    new = "another-horse-battery"
+
+    async def refused(key: str) -> bool:
+        try:
+            async with connect(url, START, key=key):
+                return False
+        except UnreachableError as exc:
+            return "401" in str(exc)
+
+    assert asyncio.run(refused(new))
+    path.write_text("broken\n")
+    program.process.send_signal(signal.SIGHUP)
+    program.wait_for("stay as they were")
+    assert not asyncio.run(refused(KEY))
+    path.write_text(f"alice {new}\n")
+    program.process.send_signal(signal.SIGHUP)
+    until(lambda: program.err.count("are read again") == int(workers))
+    assert asyncio.run(refused(KEY))
+    assert not asyncio.run(refused(new))
 
 
 def children_of(pid: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -362,3 +363,35 @@ async def test_raw_bytes_in_a_request(tiny: Recognizer, lines: bytes, answer: by
         writer.close()
     with pytest.raises(Refused, match="ASCII"):
         Handshake.parse("/v1/listen?\udcff=1", {})
+
+
+async def test_clients_that_come_and_go_at_once_hold_no_places(tiny: Recognizer) -> None:
+    head = (
+        f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+        "Connection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+        "Sec-WebSocket-Version: 13\r\n\r\n"
+    ).encode()
+    async with serving(tiny, max_sessions=4, max_waiting=0) as (server, url):
+        for _ in range(12):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(head)
+            await writer.drain()
+            writer.transport.abort()
+        await asyncio.sleep(0.3)
+        said, _ = await talk(url, START, END)
+        assert [message["type"] for message in said] == ["ready", "ended"]
+
+
+async def test_an_upload_that_is_cut_off_is_no_error_of_ours(
+    tiny: Recognizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with serving(tiny) as (server, _):
+        for _ in range(20):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(half)
+            await writer.drain()
+            writer.transport.abort()
+        await asyncio.sleep(0.3)
+        gc.collect()
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
