@@ -51,3 +51,7 @@ class BufferFull(StreamError):  # noqa: N818
 
 class StreamClosed(StreamError):  # noqa: N818
     """Audio came after ``finish()``."""
+
+
+class SnapshotError(LoquentError):
+    """A stream that cannot be written down, or a snapshot that cannot be read."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from loquent.engine import snapshot
 from loquent.engine.bundle import HEADS, Bundle, DecoderName
 from loquent.engine.decode import Frame
 from loquent.engine.decode.decoder import Job, Search, Settings
@@ -166,6 +167,25 @@ class Recognizer:
             ConfigError: too many, or one that the model cannot spell.
         """
         return self._graphs(tuple(hotwords)) if hotwords else None
+
+    def snapshot(self, stream: Stream) -> bytes:
+        """A stream as bytes, between two steps: see `loquent.engine.snapshot`.
+
+        Raises:
+            SnapshotError: it has a part that snapshots do not know.
+        """
+        return snapshot.take(stream, self)
+
+    def restore(self, data: bytes) -> Stream:
+        """The stream that ``snapshot`` wrote, here or in another process with the same bundle.
+
+        It says what the other would have said: at the model's sample rate exactly, at another one
+        with samples that differ in float32's last bits.
+
+        Raises:
+            SnapshotError: damaged, or made with another bundle or release.
+        """
+        return snapshot.give(data, self)
 
     def step(self, streams: Iterable[Stream]) -> None:
         """Advance every stream that is ready by one chunk; their events then wait in them.

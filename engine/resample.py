@@ -38,6 +38,8 @@ class Resampler:
         self._recent = _NOTHING  # the last samples of the input
         self._received = 0
         self._produced = 0
+        self._skip = 0  # samples that a filter which was started anew says again
+        self._early = _NOTHING  # ... or that it said before the one that it stands in for
         self._soxr = None if rate_in == rate_out else self._stream()
 
     def most(self, count: int) -> int:
@@ -73,9 +75,29 @@ class Resampler:
         rest: Float32 = again[self._produced - start * rate_out // rate_in :]
         return rest
 
+    def restart(self) -> None:
+        """Make the filter anew from the last samples of the input, where a snapshot left it out.
+
+        Samples from here on agree with those of the filter that is lost to 2e-7, as in ``rest``.
+        """
+        rate_in, rate_out = self._rates
+        self._soxr = None if rate_in == rate_out else self._stream()
+        self._skip, self._early = 0, _NOTHING
+        if self._soxr is None or not self._received:
+            return
+        oldest = self._received - len(self._recent)
+        start = -(-oldest // self._period) * self._period
+        again = self._soxr.resample_chunk(np.ascontiguousarray(self._recent[start - oldest :]))
+        known = self._produced - start * rate_out // rate_in
+        self._skip, self._early = max(0, known - len(again)), again[known:]
+
     def _stream(self) -> soxr.ResampleStream:
         return soxr.ResampleStream(*self._rates, 1, dtype="float32", quality="HQ")
 
     def _count(self, samples: NDArray[np.float32]) -> Float32:
+        if self._skip or len(self._early):
+            count = len(samples)
+            samples = np.concatenate([self._early, samples[self._skip :]])
+            self._skip, self._early = max(0, self._skip - count), _NOTHING
         self._produced += len(samples)
         return samples

@@ -92,3 +92,12 @@ class Ring:
         self.tail += count
         if self.fill <= self._low:
             self._paused = False
+
+    def refill(self, capacity: int, samples: Float32) -> None:
+        """Hold these again, ``[tail, head)``: for a ring whose other fields are there already."""
+        assert len(samples) == self.fill <= capacity, (len(samples), self.fill, capacity)
+        self._data = np.zeros(capacity, np.float32)
+        start = self.tail % capacity
+        first = min(len(samples), capacity - start)
+        self._data[start : start + first] = samples[:first]
+        self._data[: len(samples) - first] = samples[first:]
