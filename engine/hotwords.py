@@ -43,7 +43,7 @@ class Hotword:
     Attributes:
         phrase: one or more words as they are written, in any casing.
         boost: natural logarithm for each subword that the phrase takes. More finds more, and hears
-            more that was not said: 2 suits ten phrases, 1 a hundred.
+            more that was not said: 1 suits a hundred phrases, 0.75 a thousand.
 
     Raises:
         ConfigError: the phrase is empty or too long, or the boost out of range.
