@@ -19,7 +19,14 @@ from loquent.engine.session import Device
 # For a bundle that says nothing: what `loquent tune` found for the English model.
 DEFAULTS: Mapping[DecoderName, BeamRules] = {
     "joint": BeamRules(
-        ctc=0.15, lm_weight=0.36, own_weight=0.18, word_bonus=0.8, unknown=-8.4, blank_penalty=0.55
+        beam=12,
+        margin=6.0,
+        ctc=0.15,
+        lm_weight=0.36,
+        own_weight=0.18,
+        word_bonus=0.8,
+        unknown=-8.4,
+        blank_penalty=0.55,
     ),
     "rnnt-beam": BeamRules(
         lm_weight=0.36, own_weight=0.18, word_bonus=0.7, unknown=-8.0, blank_penalty=0.55
