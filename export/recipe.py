@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loquent.export import cli as export_cli
-from loquent.export import evaluate
+from loquent.export import evaluate, tune
 from loquent.models import cli as train_cli
 from loquent.models import datacli, distill, ngram
 
@@ -28,6 +28,7 @@ PROGRAMS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "distill": distill.main,
     "lm": ngram.main,
     "export": export_cli.main,
+    "tune": tune.main,
     "evaluate": evaluate.main,
 }
 
@@ -61,7 +62,9 @@ class Scale:
         decay: last steps, in which the learning rate falls.
         words, least: of the word model, see `loquent lm`.
         int8_max_loss: absolute WER that int8 may cost.
+        tuning: rounds and draws of `loquent tune`.
         chunks_ms: chunk sizes that are evaluated.
+        decoders: decoders that are evaluated; none: all.
     """
 
     vocab: int
@@ -73,7 +76,9 @@ class Scale:
     words: int
     least: tuple[int, int]
     int8_max_loss: float
+    tuning: tuple[int, int]
     chunks_ms: tuple[int, ...]
+    decoders: tuple[str, ...] = ()
 
 
 SCALES = {
@@ -87,6 +92,7 @@ SCALES = {
         words=30_000,
         least=(2, 3),
         int8_max_loss=0.01,
+        tuning=(4, 15),
         chunks_ms=(40, 80, 160, 320, 640, 1280),
     ),
     "tiny": Scale(
@@ -99,7 +105,9 @@ SCALES = {
         words=100,
         least=(1, 1),
         int8_max_loss=1.0,
+        tuning=(1, 5),
         chunks_ms=(320,),
+        decoders=("joint",),
     ),
 }
 
@@ -230,12 +238,25 @@ def small(language: str, sources: Sources, scale: Scale) -> list[Step]:
         ),
         Step(
             "tune",
-            _words("tune", dev, "--write", bundle=bundle, decoder="joint", output=beams),
+            _words(
+                *("tune", dev, "--write"),
+                bundle=bundle,
+                decoder="joint",
+                output=beams,
+                rounds=scale.tuning[0],
+                draws=scale.tuning[1],
+            ),
             beams,
         ),
         Step(
             "evaluate",
-            _words("evaluate", dev, bundle=bundle, card=bundle, chunk_ms=list(scale.chunks_ms)),
+            _words(
+                *("evaluate", dev),
+                bundle=bundle,
+                card=bundle,
+                chunk_ms=list(scale.chunks_ms),
+                decoder=list(scale.decoders),
+            ),
             bundle / "README.md",
         ),
     ]

@@ -80,10 +80,10 @@ def test_from_recordings_to_a_bundle(
     assert "WER" in (run / "bundle" / "README.md").read_text()
     assert json.loads((run / "student" / "last" / "state.json").read_text())["origin"]["teacher"]
     out = capsys.readouterr().out
-    assert "[7/7] evaluate: loquent evaluate" in out
+    assert "[8/8] evaluate: loquent evaluate" in out
     # The same command again does nothing.
     assert recipe.main(args) == 0
-    assert capsys.readouterr().out.count(": done") == 7
+    assert capsys.readouterr().out.count(": done") == 8
 
 
 def _steps(folder: Path) -> list[Step]:
@@ -135,6 +135,16 @@ def test_a_failed_step_ends_the_recipe(tmp_path: Path, capsys: pytest.CaptureFix
     assert follow(verdict, tmp_path / "m", programs=failing) == 3  # type: ignore[arg-type]
     assert "--accept-data goes on" in capsys.readouterr().err
     assert follow(verdict, tmp_path / "m", overrule=True, programs=failing) == 0  # type: ignore[arg-type]
+
+
+def test_every_command_of_a_recipe_exists(tmp_path: Path) -> None:
+    sources = Sources(data=tmp_path, run=tmp_path / "run")
+    for make in recipe.RECIPES.values():
+        for scale in SCALES.values():
+            for step in make(sources, scale):
+                with pytest.raises(SystemExit) as exit_:
+                    recipe.PROGRAMS[step.command[0]]([*step.command[1:], "--help"])
+                assert exit_.value.code == 0
 
 
 def test_the_recipe_takes_what_there_is(tmp_path: Path) -> None:
