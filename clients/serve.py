@@ -87,6 +87,13 @@ def parser() -> argparse.ArgumentParser:
         f"(default: {default.bare}; /vosk and /sherpa speak theirs in any case)",
     )
     add("--record", type=Path, metavar="DIR", help="keep what every client sends as DIR/*.wav")
+    add(
+        "--snapshots",
+        type=Path,
+        metavar="DIR",
+        help="private folder in which sessions that can be resumed wait while the server is "
+        "restarted; what people said is in it",
+    )
     add_model_options(parser)
     add_device_option(parser)
 
@@ -251,6 +258,7 @@ def server_config(options: argparse.Namespace) -> ServerConfig:
         port=options.port,
         chunk_ms=options.chunk_ms,
         max_sessions=options.max_sessions,
+        snapshots=options.snapshots,
         max_load=options.max_load,
         max_waiting=options.max_waiting,
         max_batch=options.max_batch,

@@ -81,24 +81,26 @@ Inbox = deque[Pcm | Marked | Finalize | SetHotwords]
 class Lane:
     """One session's way through the batcher. Every method belongs to the event loop's thread."""
 
-    def __init__(self, batcher: Batcher, stream: Stream, sample_rate: int) -> None:
+    def __init__(
+        self, batcher: Batcher, stream: Stream, sample_rate: int, finished: bool = False
+    ) -> None:
         self._batcher = batcher
         self._stream = stream
         self._sample_rate = sample_rate
         self.chunk = batcher.seconds(stream)
         self._inbox: Inbox = deque()
-        self._received = 0  # samples fed ...
+        self._received = round(stream.received * sample_rate)  # samples fed ...
         self._waiting = 0  # ... and those of them that are still in the inbox
         self._orders = 0  # marks and calls of `finalize` in the inbox
         self._fed_at = time.monotonic()  # when audio came last; a new session is about to send ...
         self._due: float | None = None  # ... and when a whole chunk was there
         self.beats = False  # `Beat` comes out where the audio goes on and no event says so
         self._told_at = 0.0  # seconds of audio received when progress was last told; the worker's
-        self.finalizes = 0  # calls of `finalize` so far
+        self.finalizes = 0  # calls of `finalize` so far ...
+        self.finalized = 0  # ... and how many of them the stream has
         self._state = _State.of(stream)
         self._progress = Progress(received=0.0, processed=0.0)
-        self._finishing = False
-        self._finished = False
+        self._finishing = self._finished = finished
         self._outbox: list[Update] = []
         self._shown_at = -LAG_LIMIT  # seconds of audio processed at the last partial; the worker's
         self._error: Exception | None = None
@@ -149,6 +151,30 @@ class Lane:
         self._inbox.append(SetHotwords(hotwords=tuple(hotwords)))
         self._orders += 1
         self._batcher.wake()
+
+    async def snapshot(self) -> tuple[bytes, list[Update]]:
+        """Leave the batcher, with the stream as it is after the round that runs; and its updates.
+
+        Audio, marks and orders that the stream has not taken are lost.
+
+        Raises:
+            SnapshotError: see `Recognizer.snapshot`; and whatever made the lane fail.
+        """
+        data = await self._batcher.take_out(self, self._stream)
+        if self._error is not None:
+            raise self._error
+        updates, self._outbox = self._outbox, []
+        return data, updates
+
+    @property
+    def taken(self) -> int:
+        """Samples that the stream has taken."""
+        return round(self._stream.received * self._sample_rate)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stream knows that no audio follows."""
+        return self._finished
 
     def finish(self) -> None:
         """No audio follows; `Ended` comes out once everything is recognised. Idempotent."""
@@ -242,6 +268,7 @@ class Lane:
         self._inbox = job.pieces
         self._waiting -= job.accepted
         self._orders -= job.obeyed
+        self.finalized += job.finalized
         self._finished |= job.finished
         self._progress = job.progress or self._progress
         self._state = _State.of(self._stream)
@@ -306,7 +333,8 @@ class _Job:
     orders: int  # ... and marks and calls of `finalize`
     finish: bool
     accepted: int = 0  # samples
-    obeyed: int = 0  # of the orders
+    obeyed: int = 0  # of the orders ...
+    finalized: int = 0  # ... and calls of `finalize` among these
     finished: bool = False
     stepped: bool = False
     progress: Progress | None = None
@@ -328,6 +356,7 @@ class _Job:
                     break
                 elif isinstance(piece, Finalize):
                     self.stream.finalize()
+                    self.finalized += 1
                     self.obeyed += 1
                 elif isinstance(piece, SetHotwords):
                     self.stream.set_hotwords(piece.hotwords)
@@ -427,9 +456,12 @@ class Batcher:
         """The lanes that are open."""
         return list(self._lanes)
 
-    def add(self, stream: Stream, sample_rate: int) -> Lane:
-        """A lane for a new stream of `sample_rate` Hz; from here on nobody else may touch it."""
-        lane = Lane(self, stream, sample_rate)
+    def add(self, stream: Stream, sample_rate: int, finished: bool = False) -> Lane:
+        """A lane for a stream of `sample_rate` Hz; from here on nobody else may touch it.
+
+        `finished`: it knows already that no audio follows.
+        """
+        lane = Lane(self, stream, sample_rate, finished)
         self._lanes[lane] = None
         return lane
 
@@ -457,6 +489,13 @@ class Batcher:
         self.dropped_partials += partials
         if partials and self._observer is not None:
             self._observer.dropped(partials)
+
+    async def take_out(self, lane: Lane, stream: Stream) -> bytes:
+        """Remove a lane and write its stream down, once no round has it."""
+        self.remove(lane)
+        loop = asyncio.get_running_loop()
+        # The worker comes to this after the round that runs, whose results are then given back.
+        return await loop.run_in_executor(self._executor, self._recognizer.snapshot, stream)
 
     def wake(self) -> None:
         """Something has arrived or been fetched: look at the lanes again."""

@@ -26,6 +26,9 @@ from collections import deque
 from typing import Protocol
 
 from loquent.engine.batcher import Lane
+from loquent.engine.errors import SnapshotError
+from loquent.engine.gate import Visitor
+from loquent.engine.handover import Handed
 from loquent.engine.host import Host, Opened
 from loquent.engine.limits import Meter
 from loquent.engine.metrics import SessionMetrics
@@ -41,12 +44,13 @@ from loquent.engine.protocol import (
     as_wire_error,
 )
 from loquent.engine.recorder import Recorder
+from loquent.engine.wire.native import NativeSession
 from loquent.engine.wire.session import Actions, Close, Mark, Open, Send, WireSession
 
 logger = logging.getLogger(__name__)
 
 # RFC 6455 section 7.4.1.
-NORMAL_CLOSURE, GOING_AWAY, POLICY_VIOLATION = 1000, 1001, 1008
+NORMAL_CLOSURE, GOING_AWAY, POLICY_VIOLATION, SERVICE_RESTART = 1000, 1001, 1008, 1012
 
 
 class Gone(Exception):  # noqa: N818
@@ -104,6 +108,7 @@ class Session:
         self._back: asyncio.Future[_Arrival | None] | None = None
         self._idle = asyncio.Event()  # nobody is served: the session waits or is over
         self._heir: tuple[Session, int] | None = None
+        self._handed = False  # it came from another server, without a connection
 
     @property
     def id(self) -> str:
@@ -124,7 +129,8 @@ class Session:
         try:
             arrival: _Arrival | None = None
             while True:
-                read_all = await self._serve_on(arrival)
+                read_all = not self._handed and await self._serve_on(arrival)
+                self._handed = False
                 if arrival is not None:
                     arrival.done.set()
                 if read_all or (arrival := await self._wait_for_client()) is None:
@@ -148,6 +154,56 @@ class Session:
             session, seq = self._heir
             self._host.sessions.discard(self)  # from here on it is the other one that counts
             await session.adopt(self._socket, seq)
+
+    @classmethod
+    def restored(cls, host: Host, token: str, handed: Handed) -> Session:
+        """A session that another server has written down; `run` waits for its client.
+
+        Raises:
+            SnapshotError: it is not one.
+        """
+        stream = host.recognizer.restore(handed.stream)
+        try:
+            wire = NativeSession.thaw(handed.wire)
+        except (KeyError, TypeError, ValueError) as exc:
+            raise SnapshotError(f"got a damaged session ({type(exc).__name__}: {exc})") from exc
+        visitor = Visitor(address=handed.address, key=handed.key)
+        opened = Opened(session=handed.session, wire=wire, visitor=visitor)
+        session = cls(host, opened, _NoSocket())
+        session._handed, session._spoken, session.token = True, True, token
+        session._sample_rate = stream.sample_rate
+        session._lane = lane = host.batcher.add(stream, stream.sample_rate, wire.draining)
+        lane.beats, lane.finalizes = True, handed.finalizes
+        return session
+
+    async def _hand_over(self) -> bool:
+        """Leave the session for the server that follows this one; False if that is impossible."""
+        folder, lane, wire = self._host.folder, self._lane, self._wire
+        if folder is None or self.token is None or lane is None:
+            return False
+        assert isinstance(wire, NativeSession), "the others cannot be resumed"
+        if self._writer is not None:
+            self._writer.cancel()
+            await asyncio.wait([self._writer])
+        try:
+            data, updates = await lane.snapshot()
+            for update in updates:
+                wire.event(*update)  # which keeps it
+            handed = Handed(
+                session=self._id,
+                key=self.visitor.key,
+                address=self.visitor.address,
+                wire=wire.freeze(finished=lane.finished),
+                finalizes=lane.finalized,
+                stream=data,
+            )
+            await asyncio.to_thread(folder.put, self.token, handed)
+        except (SnapshotError, OSError) as exc:
+            self._log.error("could not be handed over: %s", exc)
+            raise
+        self._log.info("handed over")
+        self._close_with = Close(code=SERVICE_RESTART, reason="the server restarts; resume")
+        return True
 
     async def adopt(self, socket: Socket, seq: int) -> None:
         """Go on over a socket for a client with the events up to `seq`, until it is done."""
@@ -176,6 +232,9 @@ class Session:
 
     async def _wait_for_client(self) -> _Arrival | None:
         """The client on a new connection, or None if it does not come back."""
+        if self.token is not None and self._stopping:
+            with contextlib.suppress(SnapshotError, OSError):  # which it has logged
+                await self._hand_over()
         if self.token is None or self._stopping or not self._host.may_park:
             self._wire.lost()
             return None
@@ -185,7 +244,7 @@ class Session:
         self._log.info("waits for its client")
         try:
             async with asyncio.timeout(self._config.resume_timeout):
-                return await self._back
+                arrival = await self._back
         except TimeoutError:
             self._log.info("client did not come back")
             self._wire.lost()
@@ -193,6 +252,11 @@ class Session:
         finally:
             self._back = None
             self._idle.clear()
+        if arrival is None:
+            with contextlib.suppress(SnapshotError, OSError):
+                await self._hand_over()
+            self._wire.lost()
+        return arrival
 
     def stop(self) -> None:
         """The server is going down: read no more, finish what was heard."""
@@ -233,6 +297,8 @@ class Session:
                 self._reader.result()
             if self._heir is not None:
                 return True
+            if self._close_with is None and self._stopping and await self._hand_over():
+                return await self._close()
             if self._close_with is None:
                 # Reading ended by our wish: the server stops, or the client has been silent.
                 await self._perform(self._wire.end(None if self._stopping else self._too_long()))
@@ -316,7 +382,7 @@ class Session:
                 case Open():
                     await self._start(action)
                 case Resume(token=token, seq=seq):
-                    self._heir = self._host.find(token, self.visitor), seq
+                    self._heir = await self._host.find(token, self.visitor), seq
                 case Audio(pcm=pcm):
                     assert self._lane is not None, "protocols start before they hear"
                     seconds = len(pcm) / self._sample_rate
@@ -441,6 +507,22 @@ class _Arrival:
     socket: Socket
     seq: int
     done: asyncio.Event  # the socket is not needed any more
+
+
+class _NoSocket:
+    """Of a session that has no connection yet."""
+
+    async def receive(self) -> str | bytes:
+        raise Gone("no connection")
+
+    async def send(self, text: str) -> None:
+        raise Gone("no connection")
+
+    async def close(self, code: int, reason: str) -> bool:
+        return False
+
+    def abort(self) -> None:
+        pass
 
 
 class _UnreadError(Exception):

@@ -19,7 +19,9 @@ from loquent.engine import web
 from loquent.engine.admission import Line
 from loquent.engine.auth import Keys, same_key
 from loquent.engine.batcher import MAX_BATCH, Batcher
+from loquent.engine.errors import SnapshotError
 from loquent.engine.gate import Gate, Visitor
+from loquent.engine.handover import Folder
 from loquent.engine.limits import Limits
 from loquent.engine.metrics import Metrics
 from loquent.engine.protocol import WireError
@@ -52,10 +54,12 @@ class ServerConfig:
     how long a client may say nothing. send_timeout: how long it may leave a message unread.
     drain_timeout: how long sessions may take to finish when the server is stopped. resume_timeout:
     how long a session that asked for it waits for its client after the connection was lost;
-    max_parked: how many wait at a time, beside max_sessions that are connected. max_load: no more
-    sessions from the share of the recogniser's time on that those there need, as measured; 0 for no
-    such limit. max_waiting, wait_timeout: how many requests wait for a place, and for how long.
-    max_batch: streams in one step.
+    max_parked: how many wait at a time, beside max_sessions that are connected; snapshots: a
+    folder in which they and the connected ones are kept when the server is stopped, for the one
+    that follows; without it they end. max_load: no more sessions from the share of the
+    recogniser's time on that those there need, as measured; 0 for no such limit. max_waiting,
+    wait_timeout: how many requests wait for a place, and for how long. max_batch: streams in one
+    step.
     """
 
     host: str = "127.0.0.1"
@@ -77,6 +81,7 @@ class ServerConfig:
     drain_timeout: float = 10.0
     resume_timeout: float = 60.0
     max_parked: int = 64
+    snapshots: Path | None = None
     max_load: float = 0.85
     max_waiting: int = 16
     wait_timeout: float = 5.0
@@ -119,6 +124,8 @@ class Host:
         )
         self.sessions: set[Session] = set()
         self._by_token: dict[str, Session] = {}
+        self._restored: set[asyncio.Task[None]] = set()
+        self.folder = Folder(self.config.snapshots) if self.config.snapshots else None
         self._files = 0  # that are being transcribed
         self.draining = False
 
@@ -128,6 +135,8 @@ class Host:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        if self._restored:
+            await asyncio.wait(self._restored)
         self._watching.cancel()
         await asyncio.wait([self._watching])
         await self.batcher.__aexit__()
@@ -167,6 +176,35 @@ class Host:
             visitor=visitor,
             page="origin" in handshake.headers,
         )
+
+    async def find(self, token: str, visitor: Visitor) -> Session:
+        """The session that the token stands for, here or in the folder. Raises WireError."""
+        session = self._by_token.get(token)
+        if session is None and self.folder is not None:
+            session = await self._restore(token, self.folder)
+        # Whoever came with a key has to come back with it.
+        if session is None or session.visitor.key != visitor.key:
+            raise WireError("gone", "this session is over or was not kept; start a new one")
+        return session
+
+    async def _restore(self, token: str, folder: Folder) -> Session | None:
+        from loquent.engine.driver import Session
+
+        try:
+            handed = await asyncio.to_thread(folder.take, token)
+            if handed is None:
+                return None
+            session = Session.restored(self, token, handed)
+        except (SnapshotError, OSError) as exc:
+            logger.error("a session could not be taken over: %s", exc)
+            return None
+        self._by_token[token] = session
+        self.sessions.add(session)
+        task = asyncio.create_task(session.run(), name="loquent-restored")
+        self._restored.add(task)
+        task.add_done_callback(self._restored.discard)
+        task.add_done_callback(lambda _: self.sessions.discard(session))
+        return session
 
     async def admit(self, opened: Opened) -> None:
         """Wait for a place. Raises Refused with 503.
@@ -245,14 +283,6 @@ class Host:
         token = secrets.token_urlsafe(24)
         self._by_token[token] = session
         return token
-
-    def find(self, token: str, visitor: Visitor) -> Session:
-        """The session that the token stands for. Raises WireError."""
-        session = self._by_token.get(token)
-        # Whoever came with a key has to come back with it.
-        if session is None or session.visitor.key != visitor.key:
-            raise WireError("gone", "this session is over or was not kept; start a new one")
-        return session
 
     def forget(self, session: Session) -> None:
         """The session is over. Idempotent."""

@@ -27,7 +27,7 @@ import dataclasses
 import enum
 import json
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 from typing import Final as Const
 
 import numpy as np
@@ -371,6 +371,20 @@ class ServerProtocol:
             fields["retry_after"] = known.retry_after
         text = json.dumps(fields)
         return text, known.close_code
+
+    def freeze(self, *, finished: bool) -> dict[str, str]:
+        """Where the session stands, for another process; without `finished` before its ``end``."""
+        state = self.state
+        if state is State.DRAINING and not finished:
+            state = State.STREAMING
+        return {"state": state.value, "dtype": self._dtype.str, "end_reason": self._end_reason}
+
+    def thaw(self, frozen: Mapping[str, str]) -> None:
+        """Inverse of `freeze`."""
+        self.state = State(frozen["state"])
+        self._dtype = np.dtype(frozen["dtype"])
+        reasons: Mapping[str, EndReason] = {name: name for name in get_args(EndReason)}
+        self._end_reason = reasons[frozen["end_reason"]]
 
     def lost(self) -> None:
         """The client is gone."""

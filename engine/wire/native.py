@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 from loquent.engine.batcher import Beat, Marked
 from loquent.engine.endpoint import endpoint_rules
 from loquent.engine.events import Ended, EndReason, Event, Partial
 from loquent.engine.protocol import (
+    PATH,
     SUBPROTOCOL,
     Code,
     End,
@@ -100,6 +102,30 @@ class NativeSession(WireSession):
         assert not isinstance(event, Marked), "nothing here asks for marks"
         said = Send(text=self._number(event, progress))
         return [said, Close()] if isinstance(event, Ended) else [said]
+
+    def freeze(self, *, finished: bool) -> dict[str, Any]:
+        """The state between two messages, as JSON values; `finished`: the stream has the end."""
+        assert self._ready is not None, "resumable from then on"
+        # An end whose audio the stream has not taken will be sent again, as that will.
+        return {
+            "ready": dataclasses.asdict(dataclasses.replace(self._ready, resume=None)),
+            "protocol": self._protocol.freeze(finished=finished),
+            "log": list(self._log),
+            "last_is_partial": self._last_is_partial,
+            "seq": self._seq,
+        }
+
+    @classmethod
+    def thaw(cls, frozen: Mapping[str, Any]) -> NativeSession:
+        """Inverse of `freeze`."""
+        session = cls(Handshake(path=PATH), Context(session="", bundle=""))
+        session.resumable = True
+        session._ready = Ready(**frozen["ready"])
+        session._protocol.thaw(frozen["protocol"])
+        session._log.extend((int(number), str(text)) for number, text in frozen["log"])
+        session._last_is_partial = bool(frozen["last_is_partial"])
+        session._seq = int(frozen["seq"])
+        return session
 
     def _number(self, event: Event, progress: Progress) -> str:
         if not self.resumable:

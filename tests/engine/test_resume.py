@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loquent.clients.client import Session, UnreachableError, connect
+from loquent.engine.errors import ConfigError
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial
 from loquent.engine.protocol import Resume, Start, WireError
 from loquent.engine.recognizer import Recognizer
@@ -88,7 +91,9 @@ async def serving(recognizer: Recognizer, **config: Any) -> AsyncIterator[Server
         yield server
 
 
-async def say(session: Session, pcm: Float32, packets: list[int], finalize_at: int) -> None:
+async def say(
+    session: Session, pcm: Float32, packets: list[int], finalize_at: int, pause: float = 0.0005
+) -> None:
     at = turn = 0
     while at < len(pcm):
         size = packets[turn % len(packets)]
@@ -96,7 +101,7 @@ async def say(session: Session, pcm: Float32, packets: list[int], finalize_at: i
         if at < finalize_at <= at + size:
             await session.finalize()
         at, turn = at + size, turn + 1
-        await asyncio.sleep(0.0005)
+        await asyncio.sleep(pause)
     await session.end()
 
 
@@ -105,12 +110,17 @@ def settled(events: list[Event]) -> list[Event]:
 
 
 async def transcript(
-    server_port: int, pcm: Float32, packets: list[int], finalize_at: int = 0, **start: Any
+    server_port: int,
+    pcm: Float32,
+    packets: list[int],
+    finalize_at: int = 0,
+    pause: float = 0.0005,
+    **start: Any,
 ) -> tuple[list[Event], Session]:
     url = f"ws://127.0.0.1:{server_port}/v1/stream"
     events = []
     async with asyncio.timeout(30), connect(url, Start(sample_rate=16000, **start)) as session:
-        speaker = asyncio.create_task(say(session, pcm, packets, finalize_at))
+        speaker = asyncio.create_task(say(session, pcm, packets, finalize_at, pause))
         events = [event async for event in session]
         await speaker
     return events, session
@@ -230,3 +240,72 @@ async def test_silence_is_confirmed_too(tiny: Recognizer) -> None:
             assert sum(len(data) for _, data in session._kept) <= 2 * 2 * 16000 + 3200
             await session.end()
             assert [type(event) async for event in session] == [Ended]
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_restarted_anywhere_the_transcript_is_the_same(
+    tiny: Recognizer, tones: Speak, seed: int, tmp_path: Path
+) -> None:
+    """Two servers after each other, and a third; sessions go on in each, parked ones too."""
+    rng = random.Random(seed)
+    pcm = tones(SPEECH)
+    packets = [rng.randrange(1, 3000) for _ in range(20)]
+    finalize_at = rng.randrange(len(pcm)) if seed % 2 else 0
+    start = {"chunk_ms": rng.choice([80, 160]), "decoder": rng.choice(["rnnt", "ctc"])}
+    folder = tmp_path / "sessions"
+    async with serving(tiny) as server:
+        whole, _ = await transcript(server.port, pcm, packets, finalize_at, **start)
+    async with contextlib.AsyncExitStack() as proxies:
+        server = Server(tiny, ServerConfig(port=0, snapshots=folder))
+        await server.__aenter__()
+        wire = await proxies.enter_async_context(proxy(server, []))
+        talking = asyncio.create_task(
+            transcript(wire.port, pcm, packets, finalize_at, 0.02, resume=True, **start)
+        )
+        for _ in range(2):
+            await asyncio.sleep(rng.uniform(0.01, 0.3))
+            if rng.random() < 0.5:  # the client is away while the server stops
+                for writer in wire.pairs:
+                    writer.transport.abort()
+            await server.__aexit__()
+            server = Server(tiny, ServerConfig(port=0, snapshots=folder))
+            await server.__aenter__()
+            wire.target = server.port
+        try:
+            events, session = await talking
+        finally:
+            await server.__aexit__()
+    assert settled(events) == settled(whole)
+    assert session.connections > 1
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_others_may_read_is_refused(tiny: Recognizer, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with pytest.raises(ConfigError, match="chmod 700"):
+        Server(tiny, ServerConfig(snapshots=tmp_path))
+
+
+async def test_files_in_the_folder_are_private_small_and_of_an_age(
+    tiny: Recognizer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sessions"
+    async with serving(tiny, snapshots=folder) as server:
+        url = f"ws://127.0.0.1:{server.port}/v1/stream"
+        session = Session(url, Start(sample_rate=16000, resume=True), 5.0)
+        await session.open()
+        await session.send(np.zeros(16000, np.int16))
+    [file] = folder.iterdir()
+    assert session.ready.resume is not None
+    token = session.ready.resume.token
+    assert token not in file.name
+    assert token.encode() not in file.read_bytes()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.stat().st_size < 400_000
+    os.utime(file, (0, 0))
+    async with serving(tiny, snapshots=folder) as server:
+        assert list(folder.iterdir()) == []
+        with pytest.raises(WireError, match="not kept"):
+            await come_back(f"ws://127.0.0.1:{server.port}/v1/stream", token)
+    await session.close()
