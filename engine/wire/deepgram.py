@@ -5,7 +5,7 @@
                                    is_final true, immutable, one behind the other
     {"type": "KeepAlive"}          nothing
     {"type": "Finalize"}           always one Results with from_finalize, even without words
-    {"type": "Configure", ...}     ConfigureFailure: a running stream keeps what it began with
+    {"type": "Configure", ...}     ConfigureSuccess for keyterms, ConfigureFailure otherwise
     {"type": "CloseStream"}        Results for the rest, Metadata, close 1000
     no JSON, or of unknown type    Error, and the session goes on
 
@@ -33,17 +33,19 @@ from typing import Any
 
 from loquent.engine.batcher import Marked
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
+from loquent.engine.hotwords import MAX_PHRASES
 from loquent.engine.protocol import (
     Audio,
     Code,
     End,
     Finalize,
     Progress,
+    SetHotwords,
     Start,
     WireError,
     as_wire_error,
 )
-from loquent.engine.wire.deepgram_options import Options
+from loquent.engine.wire.deepgram_options import Options, hotwords
 from loquent.engine.wire.pcm import PcmReader, read_wav_head
 from loquent.engine.wire.session import (
     Action,
@@ -138,13 +140,7 @@ class DeepgramSession(WireSession):
             case "CloseStream":
                 return self._finish()
             case "Configure":
-                failure = {
-                    "type": "ConfigureFailure",
-                    "request_id": self._id,
-                    "code": "CONFIGURE_KEYTERMS_NOT_SUPPORTED",
-                    "description": "a running stream keeps the options of its address",
-                }
-                return [_send(failure)]
+                return self._configure(fields.get("keyterms"))
             case other:
                 expected = "KeepAlive, Finalize, Configure or CloseStream"
                 return [self._schema_error(message, f"got type {other!r:.80}, expected {expected}")]
@@ -177,8 +173,27 @@ class DeepgramSession(WireSession):
 
     def _open(self, reader: PcmReader, sample_rate: int) -> list[Action]:
         self._reader = reader
-        start = Start(sample_rate=sample_rate, encoding=reader.encoding)
+        start = Start(
+            sample_rate=sample_rate,
+            encoding=reader.encoding,
+            hotwords=self._options.hotwords or None,
+        )
         return [Open(start=start, endpoint=self._options.endpoint)]
+
+    def _configure(self, keyterms: object) -> list[Action]:
+        about = {"request_id": self._id}
+        try:
+            if self._reader is None or not isinstance(keyterms, list):
+                raise ValueError("expected a list of keyterms, once there is audio")
+            phrases = hotwords(keyterms[: MAX_PHRASES + 1])
+            if len(phrases) > MAX_PHRASES:
+                raise ValueError(f"got more than {MAX_PHRASES} keyterms")
+        except ValueError as exc:
+            code = "CONFIGURE_INTERNAL_ERROR"
+            failure = {"type": "ConfigureFailure", **about, "code": code, "description": str(exc)}
+            return [_send(failure)]
+        success = {"type": "ConfigureSuccess", **about, "keyterms": keyterms}
+        return [_send(success), SetHotwords(hotwords=phrases)]
 
     def _audio(self, data: bytes) -> list[Action]:
         self._digest.update(data)

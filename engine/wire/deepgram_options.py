@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from loquent.engine.endpoint import EndpointRules
+from loquent.engine.hotwords import Hotword
 from loquent.engine.recognizer import DEFAULT_ENDPOINT
 from loquent.engine.stream import MAX_RATE, MIN_RATE
 from loquent.engine.wire.pcm import MAX_CHANNELS, Raw
@@ -38,6 +39,8 @@ _USED = frozenset(
         "vad_events",
         "punctuate",
         "smart_format",
+        "keyterm",
+        "keywords",
         "api_key",
         "access_token",
         "token",
@@ -52,6 +55,7 @@ class Options:
     Attributes:
         raw: how samples are written; None for a wav file, which says it itself.
         endpoint: when a result is speech_final.
+        hotwords: of keyterm, and of keywords without their ``:boost``, which is no measure of ours.
         utterance_end: seconds, 0 for no UtteranceEnd.
         unused: names of options that change nothing here, though a client may count on them.
     """
@@ -61,6 +65,7 @@ class Options:
     channels: int
     interim_results: bool
     endpoint: EndpointRules
+    hotwords: tuple[Hotword, ...]
     utterance_end: float
     vad_events: bool
     punctuate: bool
@@ -96,11 +101,27 @@ class Options:
             channels=int(_number(query, "channels", 1, 1, MAX_CHANNELS)),
             interim_results=interim,
             endpoint=_endpoint(query),
+            hotwords=hotwords(
+                [
+                    *query.get("keyterm", ()),
+                    *(word.partition(":")[0] for word in query.get("keywords", ())),
+                ]
+            ),
             utterance_end=utterance_end,
             vad_events=_flag(query, "vad_events"),
             punctuate=_flag(query, "punctuate") or _flag(query, "smart_format"),
             unused=tuple(sorted(name[:40] for name in unused)),
         )
+
+
+def hotwords(phrases: Iterable[object]) -> tuple[Hotword, ...]:
+    """Phrases to expect. Raises ValueError."""
+    found = []
+    for phrase in phrases:
+        if not isinstance(phrase, str):
+            raise ValueError(f"got {phrase!a:.40} among the keyterms, expected a phrase")
+        found.append(Hotword(phrase=phrase))
+    return tuple(found)
 
 
 def _endpoint(query: Query) -> EndpointRules:

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loquent.engine.batcher import Marked
-from loquent.engine.protocol import Audio, End, Finalize, Progress, Ready
+from loquent.engine.protocol import Audio, End, Finalize, Progress, Ready, SetHotwords
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.stream import Stream
 from loquent.engine.wire.session import (
@@ -91,7 +91,7 @@ class Conversation:
         else:
             self._hear(action)
 
-    def _hear(self, action: Audio | Mark | Finalize | End) -> None:
+    def _hear(self, action: Audio | Mark | Finalize | SetHotwords | End) -> None:
         stream = self._stream
         assert stream is not None, "opened before it hears"
         said: list[Action] = []
@@ -101,6 +101,8 @@ class Conversation:
                 said += self._advance(stream)
         elif isinstance(action, Finalize):
             stream.finalize()
+        elif isinstance(action, SetHotwords):
+            stream.set_hotwords(action.hotwords)
         elif isinstance(action, End):
             stream.finish()
         said += self._advance(stream)

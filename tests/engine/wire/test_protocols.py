@@ -304,9 +304,27 @@ def test_deepgram_refuses_what_it_cannot_do(talk: Any, query: str, said: str) ->
 
 
 def test_deepgram_reports_what_it_ignores(talk: Any) -> None:
-    talking = listen(talk, "encoding=linear16&language=en-US&diarize=true&keyterm=x&model=nova-3")
+    talking = listen(
+        talk, "encoding=linear16&language=en-US&diarize=true&dictation=true&model=nova-3"
+    )
     [_, metadata] = talking.say(FINISH)
-    assert [w["parameter"] for w in metadata["warnings"]] == ["diarize", "keyterm"]
+    assert [w["parameter"] for w in metadata["warnings"]] == ["diarize", "dictation"]
+
+
+def test_deepgram_keyterms_are_hotwords(talk: Any) -> None:
+    context = Context(session="s", bundle="b")
+    handshake = Handshake.parse(f"{LISTEN}&keyterm=New%20York&keywords=Ada:2", {})
+    session = DeepgramSession(handshake, context)
+    [opening] = session.connected()
+    phrases = [word.phrase for word in opening.start.hotwords]  # type: ignore[union-attr]
+    assert phrases == ["New York", "Ada"]
+    success, change = session.receive('{"type": "Configure", "keyterms": ["Bob"]}')
+    assert json.loads(success.text)["type"] == "ConfigureSuccess"  # type: ignore[union-attr]
+    assert [word.phrase for word in change.hotwords] == ["Bob"]  # type: ignore[union-attr]
+    for keyterms in ([3], [""], "Bob", None, ["x"] * 6000):
+        message = json.dumps({"type": "Configure", "keyterms": keyterms})
+        [failure] = session.receive(message)
+        assert json.loads(failure.text)["type"] == "ConfigureFailure"  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("offered", ["token, key", "bearer, key, x-deepgram-session-id, 7"])
