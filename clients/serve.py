@@ -259,6 +259,7 @@ def server_config(options: argparse.Namespace) -> ServerConfig:
         chunk_ms=options.chunk_ms,
         max_sessions=options.max_sessions,
         snapshots=options.snapshots,
+        share_parked=options.workers > 1,
         max_load=options.max_load,
         max_waiting=options.max_waiting,
         max_batch=options.max_batch,

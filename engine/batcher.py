@@ -452,6 +452,11 @@ class Batcher:
         await asyncio.to_thread(self._executor.shutdown)
 
     @property
+    def running(self) -> bool:
+        """Whether it works on what comes."""
+        return self._task is not None and not self._task.done()
+
+    @property
     def lanes(self) -> list[Lane]:
         """The lanes that are open."""
         return list(self._lanes)

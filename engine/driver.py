@@ -130,7 +130,6 @@ class Session:
             arrival: _Arrival | None = None
             while True:
                 read_all = not self._handed and await self._serve_on(arrival)
-                self._handed = False
                 if arrival is not None:
                     arrival.done.set()
                 if read_all or (arrival := await self._wait_for_client()) is None:
@@ -232,10 +231,13 @@ class Session:
 
     async def _wait_for_client(self) -> _Arrival | None:
         """The client on a new connection, or None if it does not come back."""
-        if self.token is not None and self._stopping:
+        # One that has just been fetched from there is awaited by its client.
+        leaves = self._stopping or (self._config.share_parked and not self._handed)
+        self._handed = False
+        if self.token is not None and leaves:
             with contextlib.suppress(SnapshotError, OSError):  # which it has logged
                 await self._hand_over()
-        if self.token is None or self._stopping or not self._host.may_park:
+        if self.token is None or leaves or not self._host.may_park:
             self._wire.lost()
             return None
         self._outgoing.clear()  # the protocol has kept them

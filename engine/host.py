@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds after which a client that got no place may ask again.
 RETRY_AFTER = 5
+# Tenths of a second for which a session that another server has is waited for.
+_LOOKS = 30
 # No more sessions while chunks wait longer than this for their results, in seconds.
 MAX_DELAY = 0.3
 
@@ -56,10 +58,11 @@ class ServerConfig:
     how long a session that asked for it waits for its client after the connection was lost;
     max_parked: how many wait at a time, beside max_sessions that are connected; snapshots: a
     folder in which they and the connected ones are kept when the server is stopped, for the one
-    that follows; without it they end. max_load: no more sessions from the share of the
-    recogniser's time on that those there need, as measured; 0 for no such limit. max_waiting,
-    wait_timeout: how many requests wait for a place, and for how long. max_batch: streams in one
-    step.
+    that follows; without it they end; share_parked: other servers take sessions from there,
+    too, so whoever loses its connection is kept there at once. max_load: no more sessions from
+    the share of the recogniser's time on that those there need, as measured; 0 for no such limit.
+    max_waiting, wait_timeout: how many requests wait for a place, and for how long. max_batch:
+    streams in one step.
     """
 
     host: str = "127.0.0.1"
@@ -82,6 +85,7 @@ class ServerConfig:
     resume_timeout: float = 60.0
     max_parked: int = 64
     snapshots: Path | None = None
+    share_parked: bool = False
     max_load: float = 0.85
     max_waiting: int = 16
     wait_timeout: float = 5.0
@@ -191,8 +195,12 @@ class Host:
         from loquent.engine.driver import Session
 
         try:
-            handed = await asyncio.to_thread(folder.take, token)
-            if handed is None:
+            # The other server may not have noticed yet that the client is gone.
+            for _ in range(_LOOKS if self.config.share_parked else 1):
+                if (handed := await asyncio.to_thread(folder.take, token)) is not None:
+                    break
+                await asyncio.sleep(0.1)
+            else:
                 return None
             session = Session.restored(self, token, handed)
         except (SnapshotError, OSError) as exc:

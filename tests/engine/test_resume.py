@@ -309,3 +309,27 @@ async def test_files_in_the_folder_are_private_small_and_of_an_age(
         with pytest.raises(WireError, match="not kept"):
             await come_back(f"ws://127.0.0.1:{server.port}/v1/stream", token)
     await session.close()
+
+
+async def test_servers_that_share_a_folder_take_each_other_s_sessions(
+    tiny: Recognizer, tones: Speak, tmp_path: Path
+) -> None:
+    """As workers behind one port do: every new connection comes to the other one."""
+    pcm = tones(SPEECH)
+    options = {"snapshots": tmp_path / "sessions", "share_parked": True}
+    async with serving(tiny, **options) as one, serving(tiny, **options) as two:
+        whole, _ = await transcript(one.port, pcm, [1600], len(pcm) // 3)
+        cuts = [("up", 30000), ("down", 2500), ("up", 40000)]
+        async with proxy(one, cuts) as wire:
+            original = wire.serve
+
+            async def alternate(r: asyncio.StreamReader, w: asyncio.StreamWriter) -> None:
+                wire.target = (one, two)[wire.connections % 2].port
+                await original(r, w)
+
+            listening = await asyncio.start_server(alternate, "127.0.0.1", 0)
+            port = listening.sockets[0].getsockname()[1]
+            events, session = await transcript(port, pcm, [1600], len(pcm) // 3, resume=True)
+            listening.close()
+    assert settled(events) == settled(whole)
+    assert session.connections > 2

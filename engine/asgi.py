@@ -1,0 +1,226 @@
+"""The server as an ASGI application: the same host, driver and protocols on other people's sockets.
+
+    uvicorn --factory loquent.engine.asgi:create_app
+
+or under hypercorn, or in a replica of Ray Serve (`loquent.clients.ray_app`). A WebSocket is one
+session here as well, and lives in one process. What belongs to the socket is the ASGI server's:
+TLS, the size of messages (uvicorn: ``--ws-max-size``), and how long it waits at shutdown
+(``--timeout-graceful-shutdown``). Files sent with POST are not taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote
+
+from websockets.http11 import Response
+
+from loquent.engine import web
+from loquent.engine.driver import Gone, Session
+from loquent.engine.host import Host, Opened, ServerConfig
+from loquent.engine.metrics import CONTENT_TYPE
+from loquent.engine.recognizer import Recognizer
+from loquent.engine.wire.dispatch import is_wire
+from loquent.engine.wire.session import Refused
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+SendMessage = Callable[[Message], Awaitable[None]]
+
+
+def create_app() -> App:
+    """The application with the bundle that ``LOQUENT_BUNDLE`` names, ``en`` by default."""
+    return App(Recognizer.load(os.environ.get("LOQUENT_BUNDLE", "en")))
+
+
+class App:
+    """ASGI 3: lifespan, http and websocket."""
+
+    def __init__(self, recognizer: Recognizer, config: ServerConfig | None = None) -> None:
+        self.host = Host(recognizer, config)
+        self._entered = False
+
+    async def start(self) -> None:
+        """Make ready to serve. Idempotent, for servers without lifespan."""
+        if not self._entered:
+            self._entered = True
+            await self.host.__aenter__()
+
+    async def stop(self) -> None:
+        """Let the sessions there are finish, or hand them over; idempotent."""
+        if not self._entered:
+            return
+        self._entered = False
+        self.host.stop()
+        try:
+            async with asyncio.timeout(self.host.config.drain_timeout):
+                while self.host.sessions:  # noqa: ASYNC110  they end in many places
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            self.host.abort()
+        await self.host.__aexit__()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: SendMessage) -> None:
+        """One connection."""
+        match scope["type"]:
+            case "lifespan":
+                await self._lifespan(receive, send)
+            case "websocket":
+                await self.start()
+                await self._websocket(scope, receive, send)
+            case "http":
+                await self.start()
+                await self._http(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: SendMessage) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.start()
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                await self.stop()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: SendMessage) -> None:
+        await receive()  # websocket.connect
+        target = quote(scope["path"])
+        if query := scope.get("query_string", b""):
+            target += "?" + query.decode("latin-1")
+        try:
+            if not is_wire(scope["path"]):
+                raise Refused(HTTPStatus.NOT_FOUND, "There is no WebSocket here.")
+            opened = self.host.open(_peer(scope), target, _headers(scope))
+            await self.host.admit(opened)
+        except Refused as refused:
+            await _refuse(scope, send, refused)
+            return
+        try:
+            await self._serve(opened, receive, send)
+        finally:
+            self.host.release(opened)
+
+    async def _serve(self, opened: Opened, receive: Receive, send: SendMessage) -> None:
+        headers = [(n.lower().encode(), v.encode()) for n, v in opened.wire.headers.items()]
+        await send(
+            {
+                "type": "websocket.accept",
+                "subprotocol": opened.wire.subprotocol,
+                "headers": headers,
+            }
+        )
+        socket = _Socket(receive, send)
+        await self.host.run(Session(self.host, opened, socket))
+        await socket.close(1000, "")
+
+    async def _http(self, scope: Scope, receive: Receive, send: SendMessage) -> None:
+        head = scope["method"] == "HEAD"
+        if scope["method"] not in ("GET", "HEAD"):
+            response = web.respond_text(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET works here.")
+        elif scope["path"] in ("/healthz", "/readyz"):
+            ready = scope["path"] == "/healthz" or self.host.status == "ok"
+            status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
+            response = web.respond_json(status, self.host.health(), head=head)
+        elif scope["path"] == "/metrics":
+            if self.host.may_read_metrics(_peer(scope), _headers(scope)):
+                text = self.host.metrics.render()
+                response = web.respond(HTTPStatus.OK, text, CONTENT_TYPE, head=head)
+            else:
+                response = web.respond_text(HTTPStatus.UNAUTHORIZED, "Metrics need their token.")
+        elif is_wire(scope["path"]) and scope["path"] != "/":
+            response = web.respond_text(HTTPStatus.UPGRADE_REQUIRED, "This is a WebSocket.")
+        else:
+            response = web.static_file(self.host.config.page, quote(scope["path"]), head=head)
+        await _respond(send, response, "http.response")
+
+
+class _Socket:
+    """An ASGI WebSocket as the driver wants it."""
+
+    def __init__(self, receive: Receive, send: SendMessage) -> None:
+        self._receive, self._send = receive, send
+        self._over = False  # either side has closed
+        self._answered = False  # the other one has
+
+    async def receive(self) -> str | bytes:
+        if self._over:
+            raise Gone("closed")
+        message = await self._receive()
+        if message["type"] == "websocket.disconnect":
+            self._over = self._answered = True
+            raise Gone(f"closed by the client ({message.get('code', 1005)})")
+        text: str | None = message.get("text")
+        if text is not None:
+            return text
+        return bytes(message["bytes"])
+
+    async def send(self, text: str) -> None:
+        if self._over:
+            raise Gone("closed")
+        try:
+            await self._send({"type": "websocket.send", "text": text})
+        except Exception as exc:  # each ASGI server has its own for a client that is gone
+            self._over = True
+            raise Gone(str(exc) or type(exc).__name__) from exc
+
+    async def close(self, code: int, reason: str) -> bool:
+        if not self._over:
+            try:
+                await self._send({"type": "websocket.close", "code": code, "reason": reason})
+            except Exception:
+                self._over = True
+                return False
+            self._over = True
+            try:
+                # Only a client that has read everything answers; that answer comes as this.
+                async with asyncio.timeout(10.0):
+                    while (await self._receive())["type"] != "websocket.disconnect":
+                        pass
+            except TimeoutError:
+                return False
+            self._answered = True
+        return self._answered
+
+    def abort(self) -> None:
+        # ASGI has no way to cut a connection; it ends when the application returns.
+        self._over = True
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for raw, value in scope["headers"]:
+        name, text = raw.decode("latin-1").lower(), value.decode("latin-1")
+        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    return headers
+
+
+def _peer(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+async def _refuse(scope: Scope, send: SendMessage, refused: Refused) -> None:
+    if "websocket.http.response" in scope.get("extensions", {}):
+        response = web.respond_text(refused.status, str(refused))
+        response.headers.update(refused.headers)
+        await _respond(send, response, "websocket.http.response")
+    else:  # the server answers 403, whatever we want to say
+        await send({"type": "websocket.close", "code": 1013, "reason": json.dumps(str(refused))})
+
+
+async def _respond(send: SendMessage, response: Response, kind: str) -> None:
+    # The connection is the ASGI server's, which says itself what becomes of it.
+    headers = [
+        (name.lower().encode("latin-1"), value.encode("latin-1"))
+        for name, value in response.headers.raw_items()
+        if name.lower() not in ("connection", "date")
+    ]
+    await send({"type": f"{kind}.start", "status": response.status_code, "headers": headers})
+    await send({"type": f"{kind}.body", "body": bytes(response.body or b"")})
