@@ -26,7 +26,7 @@ from typing import Any
 
 from ray import serve
 
-from loquent.engine.asgi import App, Receive, Scope, SendMessage
+from loquent.engine.asgi import App
 from loquent.engine.host import ServerConfig
 from loquent.engine.recognizer import Recognizer
 
@@ -59,9 +59,9 @@ def application() -> App:
     return App(Recognizer.load(os.environ.get("LOQUENT_BUNDLE", "en")), config())
 
 
-async def asgi(scope: Scope, receive: Receive, send: SendMessage) -> None:
-    """One connection. Ray copies what it serves, so that nothing may be kept in it."""
-    await application()(scope, receive, send)
+def ingress() -> App:
+    """For Ray, which calls it in the replica."""
+    return application()
 
 
 @serve.deployment(
@@ -76,7 +76,7 @@ async def asgi(scope: Scope, receive: Receive, send: SendMessage) -> None:
         "downscale_delay_s": 300.0,
     },
 )
-@serve.ingress(asgi)
+@serve.ingress(ingress)
 class Loquent:
     """One replica."""
 
