@@ -25,7 +25,7 @@ from loquent.engine.text import WORD_START, normalise
 
 Float32 = NDArray[np.float32]
 
-DEFAULT_BOOST = 1.0
+DEFAULT_BOOST = 0.4
 MAX_BOOST = 10.0
 MAX_PHRASES = 5000
 MAX_CHARACTERS = 100
@@ -43,7 +43,7 @@ class Hotword:
     Attributes:
         phrase: one or more words as they are written, in any casing.
         boost: natural logarithm for each subword that the phrase takes. More finds more, and hears
-            more that was not said: 1 suits a hundred phrases, 0.75 a thousand.
+            more that was not said. In a list of more than a hundred phrases it counts for less.
 
     Raises:
         ConfigError: the phrase is empty or too long, or the boost out of range.
@@ -92,6 +92,15 @@ class HotwordState(NamedTuple):
     safe: float
 
 
+def _crowd(phrases: int) -> float:
+    """What a boost is multiplied by in a list of so many phrases.
+
+    The longer the list, the less likely each of its phrases, and the more there is to mistake for
+    one: full boosts up to a hundred, three quarters at a thousand (measured by ``loquent words``).
+    """
+    return 1.0 / (1.0 + max(0.0, math.log10(max(1, phrases) / 100)) / 3)
+
+
 class HotwordGraph:
     """The phrases of a session in terms of one vocabulary. Immutable but for a memo.
 
@@ -135,10 +144,11 @@ class HotwordGraph:
         self._fail = [0]
         texts = set(self._texts) - {""}
         words: set[str] = set()
+        crowd = _crowd(len(self.hotwords))
         for hotword in self.hotwords:
             spelling, count = self._spell(hotword, texts)
             words.update(spelling.split(WORD_START)[1:])
-            self._add(spelling, hotword.boost * count / len(spelling))
+            self._add(spelling, crowd * hotword.boost * count / len(spelling))
         self.words = frozenset(words)
         self.beginnings = frozenset(w[:end] for w in words for end in range(1, len(w) + 1))
         self._link()

@@ -27,6 +27,7 @@ import numpy as np
 
 from loquent.engine import events
 from loquent.engine.bundle import Bundle
+from loquent.engine.calm import Calm
 from loquent.engine.chunker import Chunker
 from loquent.engine.decode import Frame, Token
 from loquent.engine.decode.beam import BeamState
@@ -67,6 +68,7 @@ _CLASSES: dict[str, type[Any]] = {
         Ring,
         Fbank,
         Chunker,
+        Calm,
         Voice,
         Slot,
         Transcript,

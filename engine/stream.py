@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loquent.engine.bundle import Bundle, DecoderName
+from loquent.engine.calm import Calm
 from loquent.engine.chunker import Chunker, flush_frames
 from loquent.engine.decode import Frame
 from loquent.engine.decode.decoder import Search
@@ -105,6 +106,7 @@ class Stream:
             )
         encoder = bundle.encoder
         self._fresh = encoder_state
+        self._calm = Calm(bundle.features)
         self.sample_rate = sample_rate
         self.decoder = decoder
         self.segment = segment
@@ -324,7 +326,9 @@ class Stream:
     def advance(self) -> None:
         """The window is done: say what is new and move on to the next one."""
         self.transcript.show()
-        if self.transcript.forget_encoder():
+        # On a branch the state is dropped anyway, and the trunk will hear the same frames.
+        calm = self._trunk is None and self._calm.accept(self._chunker.window(), self.segment)
+        if self.transcript.forget_encoder(calm=calm):
             self.encoder_state = self._fresh
         self._chunker.advance()
         self._needed = self._fbank.samples_for(self._chunker.needed)

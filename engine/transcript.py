@@ -150,9 +150,13 @@ class Transcript:
                 )
             )
 
-    def forget_encoder(self) -> bool:
-        """Whether the encoder is to start anew: an endpoint since last time, no speech since."""
-        forget = self._forget_encoder and not self._endpointer.speaking
+    def forget_encoder(self, *, calm: bool) -> bool:
+        """Whether the encoder is to start anew: an endpoint since last time, and no speech since.
+
+        Args:
+            calm: nobody has begun to speak whom the decoder does not hear yet.
+        """
+        forget = calm and self._forget_encoder and not self._endpointer.speaking
         self._forget_encoder = False
         if forget:
             self._endpointer.renew(self._frame)

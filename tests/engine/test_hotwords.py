@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -60,6 +61,16 @@ def test_phrases_that_share_words() -> None:
     assert paid(both, spell("▁a", "▁b", "▁a")) == pytest.approx(2.0)
     assert paid(graph("a b c", "b a"), spell("▁a", "▁b", "▁a")) == pytest.approx(2.0)
     assert paid(both, spell("▁a", "▁b", "▁ab", "▁b", "▁a")) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize(("phrases", "share"), [(1, 1.0), (100, 1.0), (1000, 0.75)])
+def test_a_phrase_counts_for_less_in_a_long_list(phrases: int, share: float) -> None:
+    words = ("".join(letters) for letters in itertools.product("abc", repeat=8))
+    fill = itertools.islice((word for word in words if word != "abcabcab"), phrases - 1)
+    of = graph("abcabcab", *fill)
+    alone = paid(graph("abcabcab"), spell("▁ab", "ca", "b", "ca", "b"))
+    assert alone > 1
+    assert paid(of, spell("▁ab", "ca", "b", "ca", "b")) == pytest.approx(share * alone)
 
 
 def test_boost_is_for_each_phrase() -> None:

@@ -167,7 +167,7 @@ def test_partials_only_when_the_text_changes() -> None:
     ]
 
 
-def test_endpoint_after_silence_and_only_after_a_token() -> None:
+def test_endpoint_after_silence_gives_a_final_only_after_a_token() -> None:
     rules = EndpointRules(trailing_silence=0.4, max_utterance=20)
     events, resets = play({30: [THE], 35: [SAT], 60: [C]}, 62, rules=rules)
     finals = [e for e in events if isinstance(e, Final)]
@@ -175,7 +175,8 @@ def test_endpoint_after_silence_and_only_after_a_token() -> None:
         (0, "the sat", "endpoint"),
         (1, "c", "end"),
     ]
-    assert resets == [45]
+    # The first is that of the second in which nobody has said anything yet.
+    assert resets == [24, 45]
 
 
 def test_limit_cuts_before_the_growing_word() -> None:
@@ -235,7 +236,8 @@ def test_event_stream_rules(
 def test_the_endpoint_rule_does_not_depend_on_rounding() -> None:
     # 0.8 / 0.04 is 20 frames, whatever the floating point says.
     _, resets = play({0: [THE]}, 60, rules=EndpointRules())
-    assert resets == [20]
+    # 0.8 s after the word, and then for every second of the pause.
+    assert resets == [20, 45]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
