@@ -69,17 +69,9 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "words": Command("loquent.export.words:main", "measure word times and confidences", "report"),
     "bench": Command("loquent.export.bench:main", "time the engine on this machine", "train"),
-    "bench load": Command(
-        "loquent.clients.load:main", "how many real-time streams a server holds on one core"
-    ),
+    "bench load": Command("loquent.clients.load:main", "how many real-time streams a server holds"),
     "bench soak": Command("loquent.clients.soak:main", "a server under load and mischief for long"),
     "version": Command("loquent.clients.cli:version", "print the version"),
-}
-
-# Of two words; their first word alone is a command, too.
-SUBCOMMANDS: Mapping[str, Command] = {
-    "bench load": Command("loquent.clients.load:main", "real-time streams that a server holds"),
-    "bench soak": Command("loquent.clients.soak:main", "a server under load and mischief for long"),
 }
 
 EXAMPLES = """\
@@ -97,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else EXIT_USAGE
-    words = 2 if " ".join(arguments[:2]) in SUBCOMMANDS else 1
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name in ("-V", "--version"):
         name = "version"
-    command = COMMANDS.get(name) or SUBCOMMANDS.get(name)
+    command = COMMANDS.get(name)
     if command is None:
         return fail(f"there is no command {name!r}, expected one of {', '.join(COMMANDS)}", 2)
     try:
@@ -144,7 +136,6 @@ def usage() -> str:
             "",
             "commands:",
             *lines,
-            *(f"    {name}: {command.help}" for name, command in SUBCOMMANDS.items()),
             "",
             EXAMPLES.rstrip(),
         ]

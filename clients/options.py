@@ -75,7 +75,7 @@ def add_decoder_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PHRASE[:BOOST]",
-        help="a name or term to expect, in any casing; may be repeated; a boost above 1 finds more "
+        help="a name or term to expect, in any casing; may be repeated; more boost finds more "
         f"and hears more that was not said (default: {DEFAULT_BOOST:g})",
     )
     parser.add_argument(

@@ -120,9 +120,9 @@ def wants_normalised(source: str, config: Any) -> bool:
     """Whether a model was trained on samples of mean 0 and variance 1."""
     from transformers import AutoFeatureExtractor
 
-    extractor: Any = AutoFeatureExtractor
     try:
-        return bool(extractor.from_pretrained(source).do_normalize)
+        extractor = AutoFeatureExtractor.from_pretrained(source)  # type: ignore[no-untyped-call]
+        return bool(extractor.do_normalize)
     except (OSError, ValueError):
         return bool(config.feat_extract_norm == "layer")  # as every published model has it
 

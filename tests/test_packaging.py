@@ -162,7 +162,7 @@ def test_wheel_holds_everything(wheel: zipfile.ZipFile) -> None:
         if "/" in name
         and name not in ignored
         and not name.startswith("models/weights/")  # to fine-tune from: the repository has them
-        and not _is_folder_readme(name)
+        and not _is_folder_page(name)
     }
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert held == expected
@@ -172,10 +172,10 @@ def test_wheel_holds_everything(wheel: zipfile.ZipFile) -> None:
     assert "loquent/__init__.py" not in held
 
 
-def _is_folder_readme(name: str) -> bool:
-    """The READMEs of the packages themselves stay in the repository."""
+def _is_folder_page(name: str) -> bool:
+    """What is written about the packages themselves stays in the repository."""
     path = Path(name)
-    return path.name == "README.md" and ROOT / path.parent in _package_folders()
+    return path.suffix == ".md" and ROOT / path.parent in _package_folders()
 
 
 def test_wheel_carries_licence_and_command(wheel: zipfile.ZipFile) -> None:

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_commands_are_those_that_exist() -> None:
-    shown = re.findall(r"^\| `loquent (\w+)", README, re.MULTILINE)
+    shown = re.findall(r"^\| `loquent ([a-z]+(?: [a-z]+)?)", README, re.MULTILINE)
     assert sorted(shown) == sorted(COMMANDS)
 
 

@@ -29,22 +29,32 @@ def imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+_JSON_ALONE = ("AutoConfig.from_pretrained", "AutoFeatureExtractor.from_pretrained")
 
 
 def opens_pickle(source: str) -> list[str]:
     """What in this source unpickles, or may: a checkpoint from a stranger must stay data."""
     tree = ast.parse(source)
     modules = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve"}
-    found = [name for name in imports(tree) if name.split(".")[0] in modules]
+    # Of pickle only the error may be known, which torch raises for what it refuses to read.
+    found = [
+        name
+        for name in imports(tree)
+        if name.split(".")[0] in modules and name != "pickle.UnpicklingError"
+    ]
     for name, call in calls(tree):
         keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
-        if name in ("torch.load", "torch.save"):
+        if name == "torch.save":
             found.append(name)
+        if name == "torch.load" and keywords.get("weights_only") != "True":
+            found.append(f"{name} without weights_only=True")
         if name in ("np.load", "numpy.load") and keywords.get("allow_pickle") != "False":
             found.append(f"{name} without allow_pickle=False")
-        if name.endswith(".from_pretrained") and keywords.get("use_safetensors") != "True":
+        weights = name.endswith(".from_pretrained") and name not in _JSON_ALONE
+        if weights and keywords.get("use_safetensors") != "True":
             found.append(f"{name} without use_safetensors=True")
     return found
 
@@ -64,6 +74,7 @@ def test_no_pickle(file: Path) -> None:
         "import pickle",
         "from pickle import loads",
         "import torch\ntorch.load('x')",
+        "import torch\ntorch.load('x', weights_only=False)",
         "import numpy as np\nnp.load('x')",
         "import numpy as np\nnp.load('x', allow_pickle=True)",
         "Model.from_pretrained('x')",
