@@ -29,7 +29,10 @@ DEFAULT_BOOST = 0.4
 MAX_BOOST = 10.0
 MAX_PHRASES = 5000
 MAX_CHARACTERS = 100
-# How much of the bias a phrase's first token gets where nothing can be taken back.
+# Where nothing can be taken back a bias has to win at once, so it counts for more, and of that
+# a phrase's first token gets a part (measured: with 1.5 a subword 19 % of rare words instead of
+# 12 %, and 0.2 points of WER lost where there are none; with 3 it is 27 %, and 1.8 points).
+GREEDY = np.float32(3.75)
 FIRST = np.float32(0.3)
 _MEMORY = 2048  # states whose bias is kept; a kilobyte or two each
 # What normalising may drop without changing how a phrase is said.
@@ -192,7 +195,7 @@ class HotwordGraph:
         if found is None:
             if len(self._leans) >= _MEMORY:
                 self._leans = {}
-            found = np.maximum(self.bias(state), 0)
+            found = GREEDY * np.maximum(self.bias(state), 0)
             if not state.node:
                 found *= FIRST
             self._leans[state] = found
