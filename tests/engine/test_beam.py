@@ -154,7 +154,14 @@ def test_a_wide_beam_finds_the_best_labelling_there_is(log_probs: Float64, share
     }
     # A frame that CTC is as good as certain is blank is taken for it by both.
     slack = 0.01 if share in (0, 1) or log_probs[:, BLANK].max() < math.log(0.995) else 8.0
-    assert scores[said] >= max(scores.values()) - slack
+    # CTC cannot have said a token twice before there was a frame for the blank in between; such a
+    # prefix is dropped by a search of both, and what RNN-T had in it too.
+    exact = [
+        score
+        for labels, score in scores.items()
+        if share in (0, 1) or all(a != b for a, b in itertools.pairwise(labels))
+    ]
+    assert scores[said] >= max(exact) - slack
 
 
 @settings(deadline=None, max_examples=30)
