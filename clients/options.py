@@ -111,13 +111,20 @@ def load_recognizer(options: argparse.Namespace, device: Device = "cpu") -> Reco
 
 
 def add_session_options(parser: argparse.ArgumentParser) -> None:
-    """--endpoint-silence, --max-utterance, --vad, --stability, --finish."""
+    """--endpoint-silence, --leading-silence, --max-utterance, --vad, --stability, --finish."""
     parser.add_argument(
         "--endpoint-silence",
         type=non_negative_float,
         metavar="S",
         help="a segment ends after so many seconds of silence, 0 for never "
         f"(default: {EndpointRules().trailing_silence:g})",
+    )
+    parser.add_argument(
+        "--leading-silence",
+        type=non_negative_float,
+        metavar="S",
+        help="after so many seconds in which nobody has spoken the encoder starts anew "
+        f"(default: {EndpointRules().leading_silence:g})",
     )
     parser.add_argument(
         "--max-utterance",
@@ -152,7 +159,9 @@ def open_stream(recognizer: Recognizer, options: argparse.Namespace, sample_rate
         blank_penalty=options.blank_penalty,
         lm_weight=options.lm_weight,
         endpoint=endpoint_rules(
-            endpoint_silence=options.endpoint_silence, max_utterance=options.max_utterance
+            endpoint_silence=options.endpoint_silence,
+            leading_silence=options.leading_silence,
+            max_utterance=options.max_utterance,
         ),
         vad=options.vad,
         finish=options.finish,

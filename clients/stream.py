@@ -148,6 +148,7 @@ async def _run(options: argparse.Namespace) -> None:
         blank_penalty=options.blank_penalty,
         lm_weight=options.lm_weight,
         endpoint_silence=options.endpoint_silence,
+        leading_silence=options.leading_silence,
         max_utterance=options.max_utterance,
         vad=options.vad,
         finish=options.finish or None,

@@ -10,7 +10,13 @@ const captions = new Captions(byId("captions"), byId("log"), byId("live"));
 const streamUrl = new URL("v1/stream", document.baseURI);
 streamUrl.protocol = location.protocol === "https:" ? "wss:" : "ws:";
 
-const DECODERS = { rnnt: "RNN-T", ctc: "CTC" };
+const DECODERS = {
+  joint: "RNN-T and CTC",
+  "rnnt-beam": "RNN-T beam",
+  "ctc-beam": "CTC beam",
+  rnnt: "RNN-T",
+  ctc: "CTC",
+};
 const QUIET_SECONDS = 4; // of digital silence before we say so
 const DELAYS_KEPT = 9;
 
