@@ -152,7 +152,16 @@ def export_joiner(student: Student, path: Path) -> None:
 
 
 def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Store ``metadata`` in the graph's ``metadata_props``."""
+    """Store ``metadata`` in the graph's ``metadata_props``, in place of what the exporter notes.
+
+    It notes for every node where in which source file it comes from: paths of this machine, which
+    are nobody's business.
+    """
     model = onnx.load(str(path))
+    graph = model.graph
+    values = (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer)
+    for noted in (graph, *values):
+        del noted.metadata_props[:]
+        noted.ClearField("doc_string")
     onnx.helper.set_model_props(model, dict(metadata))
     onnx.save(model, str(path))
