@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -147,7 +147,7 @@ class Session:
 
     async def open(self) -> None:
         """Connect. Raises UnreachableError, WireError."""
-        await self._open(self._start.encode())
+        await self._open(self._url, self._start.encode())
 
     async def close(self) -> None:
         """Leave the session. Idempotent."""
@@ -155,8 +155,8 @@ class Session:
         if self.connections and self._connection.state is not State.CLOSED:
             await self._connection.close()
 
-    async def _open(self, hello: str) -> None:
-        connection = await _dial(self._url, self._patience, self._key)
+    async def _open(self, url: str, hello: str) -> None:
+        connection = await _dial(url, self._patience, self._key)
         try:
             await connection.send(hello)
             async with asyncio.timeout(self._patience):
@@ -207,7 +207,8 @@ class Session:
         deadline = time.monotonic() + RESUME_TIME
         for attempt in itertools.count():
             try:
-                await self._open(Resume(token=self.ready.resume.token, seq=self._seq).encode())
+                hello = Resume(token=self.ready.resume.token, seq=self._seq)
+                await self._open(_returning(self._url), hello.encode())
                 await self._replay(self.ready.resume)
                 return
             except (UnreachableError, ConnectionClosed) as exc:
@@ -284,6 +285,13 @@ async def connect(
         pump.cancel()
         await asyncio.wait([pump])
         await session.close()
+
+
+def _returning(url: str) -> str:
+    """The address at which a connection is not counted as one more session."""
+    parts = urlsplit(url)
+    query = "&".join(filter(None, [parts.query, urlencode({"resume": 1})]))
+    return urlunsplit(parts._replace(query=query))
 
 
 async def _dial(url: str, patience: float, key: str | None) -> ClientConnection:

@@ -68,27 +68,33 @@ def supervise(options: argparse.Namespace, argv: Sequence[str]) -> int:
     except OSError as exc:
         reason = exc.strerror or exc
         return fail(f"cannot listen on {config.host} port {config.port}: {reason}; try --port")
-    metrics = Path(tempfile.mkdtemp(prefix="loquent-metrics-"))
+    folder = Path(tempfile.mkdtemp(prefix="loquent-workers-"))
     try:
         port = reserved.getsockname()[1]
-        supervisor = Supervisor(options.workers, argv, config, port=port, metrics=metrics)
+        supervisor = Supervisor(options.workers, argv, config, port=port, folder=folder)
         return asyncio.run(supervisor.run())
     finally:
         reserved.close()
-        shutil.rmtree(metrics, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Supervisor:
     """Keeps the workers running."""
 
     def __init__(
-        self, count: int, argv: Sequence[str], config: ServerConfig, *, port: int, metrics: Path
+        self, count: int, argv: Sequence[str], config: ServerConfig, *, port: int, folder: Path
     ) -> None:
         self._count = count
         self._argv = argv
         self._config = config
         self._port = port
-        self._metrics = metrics
+        # What the workers have in common: their metrics, and the sessions that one may take from
+        # another, as the kernel sends a client that comes back to any of them.
+        self._metrics = folder / "metrics"
+        self._metrics.mkdir()
+        self._environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)}
+        if config.snapshots is None:
+            self._environment["LOQUENT_SNAPSHOTS"] = str(folder / "sessions")
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._stop: asyncio.Event
 
@@ -157,7 +163,7 @@ class Supervisor:
             *(sys.executable, "-m", "loquent.clients.workers", str(self._port), *self._argv),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(self._metrics)},
+            env=self._environment,
             # Ctrl-C at the terminal is for the supervisor, which passes it on.
             start_new_session=True,
         )

@@ -117,8 +117,8 @@ class Session:
 
     @property
     def parked(self) -> bool:
-        """Whether the session waits for its client."""
-        return self._back is not None
+        """Whether the session waits for its client, or is about to."""
+        return self._back is not None or self._handed
 
     async def run(self) -> None:
         """Serve the client until either side is done."""
@@ -149,10 +149,16 @@ class Session:
                 await asyncio.to_thread(self._recorder.close)
             self._metrics.close()
             self._log.info("%s", self._wire.state)
-        if self._heir is not None:
-            session, seq = self._heir
-            self._host.sessions.discard(self)  # from here on it is the other one that counts
+
+    async def bequeath(self) -> None:
+        """After `run`: leave the connection to the session that its client came back to, if any."""
+        if self._heir is None:
+            return
+        session, seq = self._heir
+        try:
             await session.adopt(self._socket, seq)
+        except TimeoutError:  # the old connection does not end
+            await self.fail(WireError("busy", "this session is not free yet", retry_after=1))
 
     @classmethod
     def restored(cls, host: Host, token: str, handed: Handed) -> Session:
@@ -265,6 +271,13 @@ class Session:
         self._stopping = True
         self._stop_reading()
         if self._back is not None and not self._back.done():
+            self._back.set_result(None)
+
+    def let_go(self) -> None:
+        """Another server has the client."""
+        if self._back is None:
+            self.abort()
+        elif not self._back.done():
             self._back.set_result(None)
 
     def abort(self) -> None:
@@ -384,7 +397,7 @@ class Session:
                 case Open():
                     await self._start(action)
                 case Resume(token=token, seq=seq):
-                    self._heir = await self._host.find(token, self.visitor), seq
+                    self._heir = await self._host.find(token, self), seq
                 case Audio(pcm=pcm):
                     assert self._lane is not None, "protocols start before they hear"
                     seconds = len(pcm) / self._sample_rate

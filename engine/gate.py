@@ -75,8 +75,11 @@ class Gate:
         # The last one is what our own proxy saw; those before it anybody may have written.
         return forwarded.rpartition(",")[2].strip()
 
-    def admit(self, peer: str, handshake: Handshake) -> Visitor:
-        """Look at a request for a session. Raises Refused with 403, 401 or 429."""
+    def admit(self, peer: str, handshake: Handshake, *, seated: bool = False) -> Visitor:
+        """Look at a request for a session, or for one that has its seat already (`seated`).
+
+        Raises Refused with 403, 401 or 429.
+        """
         origin, host = handshake.headers.get("origin"), handshake.headers.get("host")
         if self._local and peer not in self._proxies and not web.is_loopback(web.host_name(host)):
             host = None
@@ -86,14 +89,18 @@ class Gate:
                 f"Pages from {origin} may not connect; start the server with --allow-origin.",
             )
         visitor = Visitor(address=self.address_of(peer, handshake), key=self._identify(handshake))
-        if why := self._full(visitor):
+        if not seated and (why := self._full(visitor)):
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, why, {"Retry-After": "10"})
         return visitor
 
     @contextlib.contextmanager
-    def seat(self, visitor: Visitor) -> Iterator[None]:
-        """Count the visitor's session for as long as the block runs. Raises WireError."""
-        if why := self._full(visitor):  # taken between the request and the session
+    def seat(self, visitor: Visitor, *, seated: bool = False) -> Iterator[None]:
+        """Count the visitor's session for as long as the block runs.
+
+        Raises WireError, but for one that had its seat in another server (`seated`).
+        """
+        # One that was free at the request may have been taken since.
+        if not seated and (why := self._full(visitor)):
             raise WireError("busy", why)
         with contextlib.ExitStack() as stack:
             if visitor.key is not None:

@@ -3,7 +3,8 @@
 One file for each session, in a folder that nobody else may read, named by a hash of the session's
 token: whoever has only the folder cannot resume, and whoever has only the token cannot guess the
 name of another's file. A file is claimed by renaming it, so of several servers that share the
-folder one gets it.
+folder one gets it. A server that is asked for a session which another one still has, because it
+has not noticed that the connection is dead, says so by an empty file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import stat
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ VERSION = 1
 MAX_AGE = 300.0
 # Sessions on the disk at a time.
 MAX_FILES = 4096
+_WANTED = ".wanted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,25 @@ class Folder:
                 raise SnapshotError(f"got a damaged session ({exc})") from exc
         finally:
             mine.unlink(missing_ok=True)
+
+    def want(self, token: str) -> None:
+        """Ask whoever has the session for it. Raises OSError."""
+        self._name(token).with_suffix(_WANTED).touch(0o600)
+
+    def unwant(self, token: str) -> None:
+        """It has come, or is not waited for any more. Raises OSError."""
+        self._name(token).with_suffix(_WANTED).unlink(missing_ok=True)
+
+    def wanted(self, tokens: Iterable[str]) -> list[str]:
+        """Those of these sessions that others have asked for since the last call."""
+        asked = {path.name for path in self._path.glob(f"*{_WANTED}")}
+        found = []
+        for token in tokens if asked else ():
+            file = self._name(token).with_suffix(_WANTED)
+            if file.name in asked:
+                file.unlink(missing_ok=True)
+                found.append(token)
+        return found
 
     def _name(self, token: str) -> Path:
         return self._path / f"{hashlib.sha256(token.encode()).hexdigest()}.session"

@@ -27,7 +27,7 @@ from loquent.engine.metrics import Metrics
 from loquent.engine.protocol import WireError
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.dispatch import Bare, open_session
-from loquent.engine.wire.session import Context, Handshake, Refused, WireSession
+from loquent.engine.wire.session import Context, Handshake, Refused, WireSession, returns
 
 if TYPE_CHECKING:
     from loquent.engine.driver import Session
@@ -36,8 +36,10 @@ logger = logging.getLogger(__name__)
 
 # Seconds after which a client that got no place may ask again.
 RETRY_AFTER = 5
-# Tenths of a second for which a session that another server has is waited for.
-_LOOKS = 30
+# So many seconds, and times, a session that another server has is looked for.
+_LOOK, _LOOKS = 0.1, 30
+# Seconds between two looks whether another server wants one of ours.
+_LISTEN = 0.5
 # No more sessions while chunks wait longer than this for their results, in seconds.
 MAX_DELAY = 0.3
 
@@ -128,6 +130,9 @@ class Host:
         )
         self.sessions: set[Session] = set()
         self._by_token: dict[str, Session] = {}
+        # Connections that come to resume and have no place of their own, by the names of their
+        # sessions; None before these run.
+        self._arriving: dict[str, Session | None] = {}
         self._restored: set[asyncio.Task[None]] = set()
         self.folder = Folder(self.config.snapshots) if self.config.snapshots else None
         self._files = 0  # that are being transcribed
@@ -135,14 +140,18 @@ class Host:
 
     async def __aenter__(self) -> Host:
         await self.batcher.__aenter__()
-        self._watching = asyncio.create_task(self._watch(), name="loquent-lag")
+        self._watching = [asyncio.create_task(self._watch(), name="loquent-lag")]
+        if self.folder is not None and self.config.share_parked:
+            listening = self._listen(self.folder)
+            self._watching.append(asyncio.create_task(listening, name="loquent-handover"))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         if self._restored:
             await asyncio.wait(self._restored)
-        self._watching.cancel()
-        await asyncio.wait([self._watching])
+        for task in self._watching:
+            task.cancel()
+        await asyncio.wait(self._watching)
         await self.batcher.__aexit__()
 
     def open(self, peer: str, target: str, headers: Mapping[str, str]) -> Opened:
@@ -164,7 +173,7 @@ class Host:
             raise
 
     def _open(self, peer: str, handshake: Handshake) -> Opened:
-        visitor = self._gate.admit(peer, handshake)
+        visitor = self._gate.admit(peer, handshake, seated=returns(handshake))
         bundle = self.recognizer.bundle
         context = Context(
             session=secrets.token_hex(8),
@@ -181,14 +190,26 @@ class Host:
             page="origin" in handshake.headers,
         )
 
-    async def find(self, token: str, visitor: Visitor) -> Session:
-        """The session that the token stands for, here or in the folder. Raises WireError."""
+    async def find(self, token: str, arrival: Session) -> Session:
+        """The session that the token stands for, here or in the folder.
+
+        Raises WireError: there is none, or its place was taken while its client was away.
+        """
         session = self._by_token.get(token)
         if session is None and self.folder is not None:
             session = await self._restore(token, self.folder)
         # Whoever came with a key has to come back with it.
-        if session is None or session.visitor.key != visitor.key:
+        if session is None or session.visitor.key != arrival.visitor.key:
             raise WireError("gone", "this session is over or was not kept; start a new one")
+        # Its load was there a moment ago, so only places count. One whose old connection seems
+        # alive has a place, and an arrival with a place of its own leaves it to the session.
+        most = self.config.max_sessions
+        if session.parked and arrival.id in self._arriving and self.connected >= most:
+            raise WireError(
+                "busy",
+                f"all {most} sessions of this server are taken meanwhile; try again",
+                retry_after=1,
+            )
         return session
 
     async def _restore(self, token: str, folder: Folder) -> Session | None:
@@ -196,11 +217,14 @@ class Host:
 
         try:
             # The other server may not have noticed yet that the client is gone.
-            for _ in range(_LOOKS if self.config.share_parked else 1):
+            for look in range(_LOOKS if self.config.share_parked else 1):
                 if (handed := await asyncio.to_thread(folder.take, token)) is not None:
                     break
-                await asyncio.sleep(0.1)
-            else:
+                if look == 1:
+                    await asyncio.to_thread(folder.want, token)
+                await asyncio.sleep(_LOOK)
+            await asyncio.to_thread(folder.unwant, token)
+            if handed is None:
                 return None
             session = Session.restored(self, token, handed)
         except (SnapshotError, OSError) as exc:
@@ -208,17 +232,31 @@ class Host:
             return None
         self._by_token[token] = session
         self.sessions.add(session)
-        task = asyncio.create_task(session.run(), name="loquent-restored")
+        task = asyncio.create_task(self._run_restored(session), name="loquent-restored")
         self._restored.add(task)
         task.add_done_callback(self._restored.discard)
-        task.add_done_callback(lambda _: self.sessions.discard(session))
         return session
+
+    async def _run_restored(self, session: Session) -> None:
+        try:
+            with self._gate.seat(session.visitor, seated=True):
+                await session.run()
+        finally:
+            self.sessions.discard(session)
 
     async def admit(self, opened: Opened) -> None:
         """Wait for a place. Raises Refused with 503.
 
-        A page cannot see why a WebSocket was refused, so it is let in to be told, by `run`.
+        A page cannot see why a WebSocket was refused, so it is let in to be told, by `run`. Who
+        comes to resume is let in without one: the session has its own.
         """
+        if (
+            opened.wire.returning
+            and not self.draining
+            and len(self._arriving) < self.config.max_parked
+        ):
+            self._arriving[opened.session] = None
+            return
         why = await self._line.enter(opened.session)
         if why is not None and not opened.page:
             self.metrics.refuse(HTTPStatus.SERVICE_UNAVAILABLE)
@@ -227,6 +265,7 @@ class Host:
     def release(self, opened: Opened) -> None:
         """The client is gone before its session began. Idempotent."""
         self._line.release(opened.session)
+        self._arriving.pop(opened.session, None)
 
     def _full(self, granted: int) -> str | None:
         if self.draining:
@@ -245,6 +284,20 @@ class Host:
 
     async def run(self, session: Session) -> None:
         """Serve a client until either side is done."""
+        if session.id in self._arriving:
+            self._arriving[session.id] = session
+            try:
+                if self.draining:
+                    session.stop()
+                await session.run()
+            finally:
+                self._arriving.pop(session.id, None)
+        else:
+            await self._run_placed(session)
+        # From here on it is the other one that counts.
+        await session.bequeath()
+
+    async def _run_placed(self, session: Session) -> None:
         if (why := self._line.take(session.id)) is not None:
             await session.fail(WireError("busy", why, retry_after=RETRY_AFTER))
             return
@@ -306,14 +359,17 @@ class Host:
     def stop(self) -> None:
         """Take no more sessions, let those there are finish."""
         self.draining = True
-        for session in list(self.sessions):
+        for session in self._all():
             session.stop()
 
     def abort(self) -> None:
         """Cut the sessions that have not finished."""
         logger.warning("%d sessions did not finish in time", len(self.sessions))
-        for session in list(self.sessions):
+        for session in self._all():
             session.abort()
+
+    def _all(self) -> list[Session]:
+        return [*self.sessions, *filter(None, self._arriving.values())]
 
     def replace_keys(self, keys: Keys) -> None:
         """Other keys from now on; sessions that are open stay."""
@@ -326,6 +382,19 @@ class Host:
         if (token := self.config.metrics_token) is None:
             return web.is_loopback(self._gate.address_of(peer, handshake))
         return any(same_key(given, token) for given in handshake.credentials)
+
+    async def _listen(self, folder: Folder) -> None:
+        """Let go of the sessions whose clients have come to another server."""
+        while True:
+            await asyncio.sleep(_LISTEN)
+            try:
+                wanted = await asyncio.to_thread(folder.wanted, list(self._by_token))
+            except OSError as exc:
+                logger.error("nobody can be handed over: %s", exc)
+                continue
+            for token in wanted:
+                if (session := self._by_token.get(token)) is not None:
+                    session.let_go()
 
     async def _watch(self) -> None:
         while True:

@@ -11,7 +11,8 @@ With ``"resume": true`` in ``start`` the session outlives its connection for a w
 has a secret ``token``, every event a number ``seq``, and messages say how many ``samples`` are
 safe. After ``resume`` (the token, and the last ``seq`` seen) on a new connection, ``ready`` says
 which sample is expected next, and the events that were missed follow. Of numbers that never come
-the events were partials that a newer one has replaced.
+the events were partials that a newer one has replaced. A connection whose address has
+``?resume=1`` says beforehand that it comes for that, and is not counted as one more session.
 
     NEW --start--> CONFIGURED --audio--> STREAMING --end--> DRAINING --ended--> CLOSED
          --finalize, hotwords-->   (both stay as they are)   (any live state) --error--> FAILED

@@ -33,6 +33,7 @@ from loquent.engine.wire.session import (
     Open,
     Send,
     WireSession,
+    returns,
 )
 
 _REASONS: Mapping[Code, EndReason] = {"idle": "idle", "session_limit": "session_limit"}
@@ -48,6 +49,7 @@ class NativeSession(WireSession):
 
     def __init__(self, handshake: Handshake, context: Context) -> None:
         self._protocol = ServerProtocol(languages=context.languages)
+        self.returning = returns(handshake)
         self._ready: Ready | None = None
         self._log: deque[tuple[int, str]] = deque(maxlen=MAX_LOG)
         self._last_is_partial = False
@@ -69,6 +71,11 @@ class NativeSession(WireSession):
         """One message is one command."""
         command = self._protocol.receive(message)
         if isinstance(command, Start):
+            if self.returning:
+                raise WireError(
+                    "bad_type",
+                    "got start at an address with resume=1, expected resume; leave it out",
+                )
             self.resumable = bool(command.resume)
             rules = endpoint_rules(
                 endpoint_silence=command.endpoint_silence,

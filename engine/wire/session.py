@@ -165,11 +165,13 @@ class WireSession(ABC):
         subprotocol: the one to accept, if any.
         headers: to be added to the answer to the handshake.
         patience: seconds that a client may say nothing, None for the server's own limit.
+        returning: the client comes to resume, and says so in its request: see `returns`.
         resumable: the session waits for its client if the connection is lost; the driver then
             calls `resumed` in place of `lost`.
     """
 
     state: str = "new"
+    returning: bool = False
     resumable: bool = False
     subprotocol: str | None = None
     headers: Mapping[str, str] = {}
@@ -217,6 +219,14 @@ class WireSession(ABC):
     def lost(self) -> None:
         """The client is gone."""
         self.state = "lost"
+
+
+def returns(handshake: Handshake) -> bool:
+    """Whether a request says that its first message will be ``resume``: with ``?resume=1``.
+
+    It then needs no place, as the session that it comes for has one, and cannot start another.
+    """
+    return handshake.query.get("resume") == ("1",)
 
 
 Factory = Callable[[Handshake, Context], WireSession]

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loquent.clients.client import Session, UnreachableError, connect
+from loquent.clients.client import Session, UnreachableError, _returning, connect
+from loquent.engine.auth import Keys
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial
+from loquent.engine.limits import Limits
 from loquent.engine.protocol import Resume, Start, WireError
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.server import Server, ServerConfig
@@ -128,7 +130,7 @@ async def transcript(
 
 async def come_back(url: str, token: str) -> Session:
     session = Session(url, Start(sample_rate=16000), 5.0)
-    await session._open(Resume(token=token).encode())
+    await session._open(url, Resume(token=token).encode())
     return session
 
 
@@ -225,6 +227,105 @@ async def test_waiting_sessions_are_bounded_and_take_no_place(tiny: Recognizer) 
         assert (server.host.connected, server.sessions) == (0, 1)
         async with connect(url, Start(sample_rate=16000)), connect(url, Start(sample_rate=16000)):
             assert server.host.connected == 2
+
+
+KEY = "correct-horse-battery"
+
+
+async def test_who_comes_back_is_not_one_more(tiny: Recognizer) -> None:
+    """One place, one session of the key, no line: the old connection seems alive, or is lost."""
+    one = Limits(sessions_per_key=1)
+    keys = Keys.from_environment(f"alice:{KEY}")
+    full = {"max_sessions": 1, "max_waiting": 0, "limits": one, "keys": keys}
+    async with serving(tiny, **full) as server:
+        url = f"ws://127.0.0.1:{server.port}/v1/stream"
+        first = Session(url, Start(sample_rate=16000, resume=True), 5.0, KEY)
+        await first.open()
+        assert first.ready.resume is not None
+        token = first.ready.resume.token
+        with pytest.raises(UnreachableError, match="429"):
+            await Session(url, Start(sample_rate=16000), 5.0, KEY).open()
+        session = first
+        for _ in range(3):
+            successor = Session(url, Start(sample_rate=16000, resume=True), 5.0, KEY)
+            await successor._open(_returning(url), Resume(token=token).encode())
+            assert successor.ready.session == first.ready.session
+            assert server.host.connected == 1
+            session._connection.transport.abort()
+            session = successor
+        session._connection.transport.abort()
+        while server.host.connected:
+            await asyncio.sleep(0.01)
+        successor = Session(url, Start(sample_rate=16000, resume=True), 5.0, KEY)
+        await successor._open(_returning(url), Resume(token=token).encode())
+        await successor.end()
+        assert isinstance((await anext(aiter_of(successor))), Ended)
+        await successor.close()
+        # Nothing of it is left: the place and the seat are free.
+        while server.sessions:
+            await asyncio.sleep(0.01)
+        async with connect(url, Start(sample_rate=16000), key=KEY):
+            pass
+
+
+def aiter_of(session: Session) -> Any:
+    async def events() -> Any:
+        while (event := await session._receive(session._connection)) is not None:
+            yield event
+
+    return events()
+
+
+async def test_a_place_that_was_taken_meanwhile_is_waited_for(tiny: Recognizer) -> None:
+    async with serving(tiny, max_sessions=1) as server:
+        url = f"ws://127.0.0.1:{server.port}/v1/stream"
+        async with connect(url, Start(sample_rate=16000, resume=True)) as session:
+            session._start = Start(sample_rate=16000)  # does not come back by itself
+            session._connection.transport.abort()
+            while server.host.connected:
+                await asyncio.sleep(0.01)
+            assert session.ready.resume is not None
+            hello = Resume(token=session.ready.resume.token).encode()
+            async with connect(url, Start(sample_rate=16000)):
+                with pytest.raises(WireError, match="taken meanwhile") as busy:
+                    await session._open(_returning(url), hello)
+                assert busy.value.code == "busy"
+            while server.host.connected:
+                await asyncio.sleep(0.01)
+            await session._open(_returning(url), hello)
+
+
+async def test_who_says_that_he_comes_back_cannot_start(tiny: Recognizer) -> None:
+    async with serving(tiny, max_sessions=1) as server:
+        url = f"ws://127.0.0.1:{server.port}/v1/stream?resume=1"
+        with pytest.raises(WireError, match="expected resume"):
+            await Session(url, Start(sample_rate=16000), 5.0).open()
+        assert not server.host._arriving
+
+
+async def test_another_server_asks_for_a_session_whose_connection_only_seems_alive(
+    tiny: Recognizer, tones: Speak, tmp_path: Path
+) -> None:
+    pcm = np.round(tones(SPEECH) * 32767).astype("<i2")
+    options = {"snapshots": tmp_path / "sessions", "share_parked": True}
+    async with serving(tiny, **options) as one, serving(tiny, **options) as two:
+        whole, _ = await transcript(one.port, pcm / np.float32(32767), [1600])
+        url = f"ws://127.0.0.1:{one.port}/v1/stream"
+        old = Session(url, Start(sample_rate=16000, resume=True), 5.0)
+        await old.open()
+        await old.send(pcm[:40000])
+        # The network of the client has changed: nobody told the server.
+        async with connect(url, Start(sample_rate=16000, resume=True)) as session:
+            for name in ("ready", "_sent", "_kept"):
+                setattr(session, name, getattr(old, name))
+            session._url = f"ws://127.0.0.1:{two.port}/v1/stream"
+            session._connection.transport.abort()
+            await session.send(pcm[40000:])
+            await session.end()
+            events = [event async for event in session]
+        assert settled(events) == settled(whole)
+        assert [path.name for path in (tmp_path / "sessions").glob("*.wanted")] == []
+        await old.close()
 
 
 async def test_silence_is_confirmed_too(tiny: Recognizer) -> None:
