@@ -1,4 +1,4 @@
-"""``loquent measure``: the tables behind what is said of endpoints and long streams."""
+"""``loquent measure``: the tables behind what is said of endpoints, long streams and training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from loquent.engine.errors import LoquentError
 from loquent.engine.recognizer import DEFAULT_CHUNK_MS, Recognizer
-from loquent.export import hours, long, stability
+from loquent.export import hours, long, runs, stability
+from loquent.models.checkpoint import CheckpointError
 from loquent.models.data import DataError, read_manifest
 
 _STABILITIES = (0.0, 1.0, 0.5, 0.2)
@@ -87,10 +88,32 @@ def _stability(argv: Sequence[str]) -> None:
     print(json.dumps({"rows": [asdict(row) for row in rows]}))
 
 
+def _runs(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="loquent measure runs", description=runs.__doc__)
+    parser.add_argument("manifest", type=Path, help="JSONL with audio, text, duration, source")
+    parser.add_argument("run", type=Path, nargs="+", help="of `loquent train`")
+    parser.add_argument("--features", type=Path, required=True, help="folder of the feature cache")
+    parser.add_argument(
+        "--segment", type=int, default=32, help="feature frames of 10 ms, 0: all (%(default)s)"
+    )
+    parser.add_argument("--right-context", type=int, default=4, help="(default %(default)s)")
+    args = parser.parse_args(argv)
+    rows = runs.compare(
+        args.run,
+        read_manifest(args.manifest),
+        args.features,
+        segment=args.segment,
+        right_context=args.right_context,
+    )
+    print(runs.table(rows))
+    print(json.dumps({"runs": [asdict(row) for row in rows]}))
+
+
 TABLES: Mapping[str, Callable[[Sequence[str]], None]] = {
     "stability": _stability,
     "endpoints": _endpoints,
     "hours": _hours,
+    "runs": _runs,
 }
 
 
@@ -116,6 +139,6 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv[:1])
     try:
         TABLES[args.table](argv[1:])
-    except (LoquentError, DataError) as error:
+    except (LoquentError, DataError, CheckpointError) as error:
         parser.exit(1, f"loquent measure: {error}\n")
     return 0

@@ -63,6 +63,7 @@ class Scale:
         words, least: of the word model, see `loquent lm`.
         int8_max_loss: absolute WER that int8 may cost.
         tuning: rounds and draws of `loquent tune`.
+        layers: of the teacher that the student begins as; None: all.
         chunks_ms: chunk sizes that are evaluated.
         decoders: decoders that are evaluated; none: all.
     """
@@ -78,6 +79,7 @@ class Scale:
     int8_max_loss: float
     tuning: tuple[int, int]
     chunks_ms: tuple[int, ...]
+    layers: str | None = None
     decoders: tuple[str, ...] = ()
 
 
@@ -94,6 +96,7 @@ SCALES = {
         int8_max_loss=0.01,
         tuning=(4, 15),
         chunks_ms=(40, 80, 160, 320, 640, 1280),
+        layers="0,2,3,4,5",
     ),
     "tiny": Scale(
         vocab=12,
@@ -121,14 +124,14 @@ class Sources:
             ``LANG.synthetic.jsonl``, ``LANG.unlabelled.jsonl``, ``noise.jsonl``, ``text/LANG.*``.
         run: folder for everything that is made.
         teacher: pretrained encoder, see `loquent train teacher`.
-        student: Whisper weights that the student starts from.
+        student: Whisper weights that the student starts from; None: layers of the teacher.
         exclude: parts of licences to leave out.
     """
 
     data: Path
     run: Path
     teacher: str = "openai/whisper-base"
-    student: str = "openai/whisper-tiny"
+    student: str | None = None
     exclude: tuple[str, ...] = ()
 
 
@@ -209,6 +212,8 @@ def small(language: str, sources: Sources, scale: Scale) -> list[Step]:
             _words(
                 *("train", "student"),
                 whisper=sources.student,
+                from_teacher=None if sources.student else teacher / "best",
+                layers=None if sources.student else scale.layers,
                 data=[*corpus, guessed],
                 distil=heard,
                 run=student,
@@ -334,8 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--student",
-        default=Sources.student,
-        help="Whisper weights that the student starts from (default %(default)s)",
+        help="Whisper weights that the student starts from (default: layers of the teacher)",
     )
     parser.add_argument("--exclude-licence", action="append", default=[], metavar="TEXT")
     parser.add_argument(

@@ -31,12 +31,13 @@ from loquent.models.options import (
     subwords,
 )
 from loquent.models.posteriors import Posteriors
-from loquent.models.presets import whisper_tiny
+from loquent.models.presets import whisper_student
 from loquent.models.student import Student
+from loquent.models.teacher import student_of
 from loquent.models.tokens import Tokenizer
 from loquent.models.training import TrainConfig, Trainer
 from loquent.models.waveform import MASKS, WaveAugment, WaveformSource
-from loquent.models.whisper import initialise_from_whisper, load_whisper
+from loquent.models.whisper import initialise_from_whisper, load_whisper, whisper_shape
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,13 +47,24 @@ def _parser() -> argparse.ArgumentParser:
         epilog=RESUMES,
     )
     add_data_options(parser)
-    parser.add_argument(
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
         "--whisper",
         metavar="WEIGHTS",
         help="start from Whisper's encoder: hub id, folder, or CTranslate2 model.bin",
     )
-    parser.add_argument(
+    start.add_argument(
+        "--from-teacher",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start from the encoder, CTC head and subwords of a Whisper teacher",
+    )
+    start.add_argument(
         "--start", type=Path, help="start from this checkpoint: its shape, weights and subwords"
+    )
+    parser.add_argument(
+        "--layers",
+        help="which layers of --whisper or --from-teacher to take, 0,2,3 for example (all)",
     )
     add_token_options(parser)
     add_loop_options(parser, steps=6000, batch_seconds=60.0, lr=3e-4, head_lr=2e-3)
@@ -90,27 +102,53 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _layers(args: argparse.Namespace) -> list[int] | None:
+    if args.layers is None:
+        return None
+    if not (args.whisper or args.from_teacher):
+        raise DataError("--layers needs --whisper or --from-teacher to take them from")
+    try:
+        chosen = [int(layer) for layer in args.layers.split(",")]
+    except ValueError:
+        chosen = []
+    if not chosen or chosen != sorted(set(chosen)) or chosen[0] < 0:
+        raise DataError(f"--layers: got {args.layers!r}, expected rising numbers such as 0,2,3")
+    return chosen
+
+
 def _initial(args: argparse.Namespace, texts: list[str]) -> tuple[Student, Tokenizer]:
     """The student before its first step, and the subwords, which a run keeps for good."""
-    if args.start:
+    layers = _layers(args)
+    if args.start or args.from_teacher:
         # Its heads are tied to its subwords, so both come along.
-        checkpoint = load_checkpoint(args.start)
-        return checkpoint.student, checkpoint.tokenizer
+        checkpoint = load_checkpoint(args.start or args.from_teacher)
+        if args.start:
+            return checkpoint.student, checkpoint.tokenizer
+        return student_of(checkpoint.student, layers), checkpoint.tokenizer
     if args.distil and not args.tokens:
         args.tokens = args.distil / "tokens.spm"
     tokenizer = subwords(args, texts)
-    student = Student(whisper_tiny(tokenizer.size))
-    if args.whisper:
-        initialise_from_whisper(student.encoder, load_whisper(args.whisper))
+    if not args.whisper:
+        return Student(whisper_student(tokenizer.size)), tokenizer
+    tensors = load_whisper(args.whisper)
+    dim, count = whisper_shape(tensors)
+    chosen = list(range(count)) if layers is None else layers
+    student = Student(whisper_student(tokenizer.size, dim=dim, layers=len(chosen)))
+    initialise_from_whisper(student.encoder, tensors, chosen)
     return student, tokenizer
 
 
 def _origin(args: argparse.Namespace) -> str:
     """What the weights started from, for the model card: a name, never a path of this machine."""
-    source = args.start or args.whisper
+    if args.from_teacher:
+        origin = load_checkpoint(args.from_teacher).state.get("origin", {})
+        source, what = origin.get("start", "an unknown encoder"), "a teacher fine-tuned from "
+    else:
+        source, what = args.start or args.whisper, ""
     if source is None:
         return "random weights"
-    return Path(source).name if Path(source).exists() else str(source)
+    name = Path(source).name if Path(source).exists() else str(source)
+    return f"{what}{name}" + (f", layers {args.layers}" if args.layers else "")
 
 
 def _distillation(args: argparse.Namespace) -> Distillation:

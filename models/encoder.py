@@ -23,8 +23,10 @@ class EncoderConfig:
 
     Attributes:
         frontend, emformer: of the parts; their ``dim`` must agree.
-        pool: this many encoder frames are averaged into one output frame (Whisper: 2, for 25
-            output frames a second).
+        pool: this many frames of the front end are averaged into one (Whisper: 2, for 25 output
+            frames a second).
+        pool_first: average in front of the layers instead of behind them. They then have ``pool``
+            times fewer frames to work on, and their lengths are in pooled frames.
         final_norm: layer norm behind the last layer (Whisper's ``ln_post``).
         output_dim: width of a last linear layer with layer norm (torchaudio's), 0: none.
     """
@@ -32,6 +34,7 @@ class EncoderConfig:
     frontend: FrontendConfig
     emformer: EmformerConfig
     pool: int = 1
+    pool_first: bool = False
     final_norm: bool = False
     output_dim: int = 0
 
@@ -45,6 +48,11 @@ class EncoderConfig:
     def subsampling(self) -> int:
         """Feature frames per output frame."""
         return self.frontend.subsampling * self.pool
+
+    @property
+    def layer_subsampling(self) -> int:
+        """Feature frames per frame of the layers."""
+        return self.subsampling if self.pool_first else self.frontend.subsampling
 
     @property
     def lookahead(self) -> int:
@@ -97,11 +105,19 @@ class Encoder(nn.Module):
                 f"{self.config.subsampling}, at least {least}"
             )
 
-    def _tail(self, x: Tensor) -> Tensor:
-        x = self.final_norm(x)
-        if self.config.pool > 1:
-            x = x.unflatten(1, (-1, self.config.pool)).mean(2)  # type: ignore[no-untyped-call]
-        result: Tensor = self.output(x)
+    def _pool(self, x_BTD: Tensor) -> Tensor:
+        if self.config.pool == 1:
+            return x_BTD
+        groups: Tensor = x_BTD.unflatten(1, (-1, self.config.pool))  # type: ignore[no-untyped-call]
+        return groups.mean(2)
+
+    def _head(self, x_BTD: Tensor) -> Tensor:
+        """What the layers get of the front end's frames."""
+        return self._pool(x_BTD) if self.config.pool_first else x_BTD
+
+    def _tail(self, x_BTD: Tensor) -> Tensor:
+        x = self.final_norm(x_BTD)
+        result: Tensor = self.output(x if self.config.pool_first else self._pool(x))
         return result
 
     def forward(
@@ -132,16 +148,19 @@ class Encoder(nn.Module):
         whole = x_BTF.shape[1] - right_context - c.lookahead
         self._check("utterance", whole, c.subsampling)
         segment = min(segment, whole)
-        factor = c.frontend.subsampling
+        factor = c.layer_subsampling
         batch = len(x_BTF)
         zeros = {n: x_BTF.new_zeros((batch, *s)) for n, s in self.frontend.state_shapes().items()}
         if start_B is None:
             start_B = torch.zeros(batch, dtype=torch.int64, device=x_BTF.device)
         frames, _ = self.frontend.step(x_BTF, zeros, start_B, segment)
         lengths = torch.div(lengths_B + factor - 1, factor, rounding_mode="floor")
-        out = self.emformer(frames, lengths, segment // factor, right_context // factor)
-        pool = c.pool
-        return self._tail(out), torch.div(lengths + pool - 1, pool, rounding_mode="floor")
+        x = self._head(frames)
+        out = self.emformer(x, lengths, segment // factor, right_context // factor)
+        per_output = c.subsampling
+        return self._tail(out), torch.div(
+            lengths_B + per_output - 1, per_output, rounding_mode="floor"
+        )
 
     def step(self, window_BTF: Tensor, right_context: Tensor, state: State) -> tuple[Tensor, State]:
         """One window of a batch of streams, each of any age.
@@ -156,16 +175,16 @@ class Encoder(nn.Module):
             (the rest are the right context's and will be computed again), and the next state.
         """
         c = self.config
-        factor = c.frontend.subsampling
         processed = state["processed_frames"]
-        right = torch.div(right_context, factor, rounding_mode="floor")
+        right = torch.div(right_context, c.layer_subsampling, rounding_mode="floor")
+        age = torch.div(processed, c.pool, rounding_mode="floor") if c.pool_first else processed
         segment = window_BTF.shape[1] - c.lookahead - right_context
         front = {n: state[f"frontend.{n}"] for n in self.frontend.state_shapes()}
         frames, front = self.frontend.step(window_BTF, front, processed, segment)
         layers = {n: t for n, t in state.items() if n.startswith("layer")}
-        out, following = self.emformer.step(frames, layers, processed, right)
+        out, following = self.emformer.step(self._head(frames), layers, age, right)
         following |= {f"frontend.{n}": t for n, t in front.items()}
         following["processed_frames"] = processed + torch.div(
-            segment, factor, rounding_mode="floor"
+            segment, c.frontend.subsampling, rounding_mode="floor"
         )
         return self._tail(out), {name: following[name] for name in self.state_shapes()}

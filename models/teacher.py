@@ -8,11 +8,17 @@ the wav2vec 2.0 family are in ``pretrained.py``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from loquent.models.loop import Freezing
-from loquent.models.presets import whisper_encoder
+from loquent.models.presets import whisper_encoder, whisper_student
 from loquent.models.student import Student, StudentConfig
-from loquent.models.whisper import Tensors, WhisperWeightsError, initialise_from_whisper
+from loquent.models.whisper import (
+    Tensors,
+    WhisperWeightsError,
+    initialise_from_whisper,
+    whisper_shape,
+)
 
 
 def freezing_policy(hours: float, layers: int, steps: int) -> Freezing:
@@ -47,11 +53,43 @@ def replay_share(hours: float, replay_hours: float, part: float) -> float:
 
 def whisper_teacher(tensors: Tensors, vocab: int) -> Student:
     """Whisper's encoder with a CTC head over ``vocab`` tokens that knows nothing yet."""
-    dim, bins, _ = tensors["conv1.weight"].shape
-    if bins != 80:
-        raise WhisperWeightsError(f"this Whisper takes {bins} mel bins, expected 80")
-    layers = len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
+    dim, layers = whisper_shape(tensors)
     config = StudentConfig(encoder=whisper_encoder(dim=dim, layers=layers), vocab=vocab)
     teacher = Student(dataclasses.replace(config, joiner_dim=0))
     initialise_from_whisper(teacher.encoder, tensors)
     return teacher
+
+
+def student_of(teacher: Student, layers: Sequence[int] | None = None) -> Student:
+    """A student that begins as some of its teacher's layers, with the teacher's CTC head.
+
+    Layers add to what runs past them, so leaving some out costs less than it seems, and little
+    training mends it (DistilBERT, arXiv 1910.01108, starts from every other layer).
+
+    Args:
+        teacher: a Whisper teacher.
+        layers: which to take, from below; all by default.
+
+    Raises:
+        WhisperWeightsError: the teacher has no such layer.
+    """
+    shape = teacher.config.encoder.emformer
+    chosen = list(range(shape.layers) if layers is None else layers)
+    if wrong := [layer for layer in chosen if not 0 <= layer < shape.layers]:
+        raise WhisperWeightsError(
+            f"got layer {wrong[0]}, expected layers from 0 to {shape.layers - 1} of the teacher"
+        )
+    student = Student(whisper_student(teacher.config.vocab, dim=shape.dim, layers=len(chosen)))
+    theirs = teacher.state_dict()
+    own = student.state_dict()
+    for name in own:
+        place = name.split(".")
+        if name.startswith("encoder.emformer.layers."):
+            place[3] = str(chosen[int(place[3])])
+        if (source := ".".join(place)) in theirs:
+            own[name] = theirs[source]
+    try:
+        student.load_state_dict(own)
+    except RuntimeError as error:
+        raise WhisperWeightsError(f"no student begins as this teacher: {error}") from error
+    return student

@@ -332,12 +332,23 @@ def evaluate_ctc(
     student: Student, tokenizer: Tokenizer, dev: FeatureCache, segment: int = 32, right: int = 4
 ) -> dict[str, Score]:
     """Greedy CTC scores per source with the masked forward pass (fast; for watching a run)."""
+    scores: dict[str, Score] = {}
+    each = score_each(student, tokenizer, dev, segment, right)
+    for u, score in zip(dev.utterances, each, strict=True):
+        scores[u.source] = scores.get(u.source, Score()) + score
+    return scores
+
+
+def score_each(
+    student: Student, tokenizer: Tokenizer, dev: FeatureCache, segment: int, right: int
+) -> list[Score]:
+    """Like :func:`evaluate_ctc`, for every utterance."""
     student.eval()
     device = next(student.parameters()).device
     encoder = student.config.encoder
     silence = torch.from_numpy(Fbank(dev.spec).pad_frame)
     frames = [dev.frames(i) for i in range(len(dev))]
-    scores: dict[str, Score] = {}
+    scores = [Score()] * len(dev)
     for indices in epoch_batches(frames, [1.0] * len(dev), 12000, seed=0):
         batch = collate(
             [torch.from_numpy(dev[i].astype(np.float32)) for i in indices],
@@ -353,8 +364,5 @@ def evaluate_ctc(
             best: Tensor = student.ctc_log_probs(encoded).argmax(-1)
         for row, i in enumerate(indices):
             ids = ctc_greedy(best[row, : int(lengths[row])].tolist(), student.config.blank)
-            u = dev.utterances[i]
-            scores[u.source] = scores.get(u.source, Score()) + Score.of(
-                u.text, tokenizer.decode(ids)
-            )
+            scores[i] = Score.of(dev.utterances[i].text, tokenizer.decode(ids))
     return scores

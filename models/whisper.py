@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -169,14 +170,32 @@ def _rename_ctranslate2(raw: Tensors) -> Tensors:
     return out
 
 
-def initialise_from_whisper(encoder: Encoder, tensors: Tensors) -> None:
+def whisper_shape(tensors: Tensors) -> tuple[int, int]:
+    """Width and number of layers.
+
+    Raises:
+        WhisperWeightsError: it takes other features than ours.
+    """
+    dim, bins, _ = tensors["conv1.weight"].shape
+    if bins != 80:
+        raise WhisperWeightsError(f"this Whisper takes {bins} mel bins, expected 80")
+    return dim, len({name.split(".")[1] for name in tensors if name.startswith("layers.")})
+
+
+def initialise_from_whisper(
+    encoder: Encoder, tensors: Tensors, layers: Sequence[int] | None = None
+) -> None:
     """Copy Whisper's encoder weights into ours (made by ``presets.whisper_encoder``).
 
-    An encoder with fewer layers takes the lower ones.
+    Args:
+        encoder: is overwritten.
+        tensors: of :func:`load_whisper`.
+        layers: which of Whisper's layers ours are to be; the lower ones by default.
 
     Raises:
         WhisperWeightsError: a width or the number of layers does not fit.
     """
+    chosen = range(encoder.config.emformer.layers) if layers is None else layers
     zeros = torch.zeros_like(tensors["layers.0.self_attn.q_proj.weight"][0])
     state: Tensors = {
         f"frontend.{conv}.{kind}": tensors[f"{conv}.{kind}"]
@@ -185,11 +204,11 @@ def initialise_from_whisper(encoder: Encoder, tensors: Tensors) -> None:
     }
     for kind in ("weight", "bias"):
         state[f"final_norm.{kind}"] = tensors[f"layer_norm.{kind}"]
-        for i in range(encoder.config.emformer.layers):
-            source, target = f"layers.{i}", f"emformer.layers.{i}"
+        for i, layer in enumerate(chosen):
+            source, target = f"layers.{layer}", f"emformer.layers.{i}"
             if f"{source}.fc1.weight" not in tensors:
                 raise WhisperWeightsError(
-                    f"the encoder has {encoder.config.emformer.layers} layers, Whisper's has {i}"
+                    f"got layer {layer} for the encoder, Whisper's has {whisper_shape(tensors)[1]}"
                 )
             attention = f"{source}.self_attn"
             # Whisper's keys have no bias; ours are fused with the values and do.

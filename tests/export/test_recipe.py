@@ -13,10 +13,6 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from loquent.engine.bundle import Bundle
 from loquent.export import recipe
 from loquent.export.recipe import SCALES, Sources, Step, en_small, follow
-from loquent.models import cli as train_cli
-from loquent.models.presets import whisper_encoder
-from loquent.models.student import StudentConfig
-from loquent.models.transducer import PredictorConfig
 
 
 def _whisper(folder: Path) -> Path:
@@ -43,20 +39,10 @@ def _whisper(folder: Path) -> Path:
     return folder
 
 
-def _small_student(vocab: int) -> StudentConfig:
-    return StudentConfig(
-        encoder=whisper_encoder(dim=64, layers=2, left_context=32),
-        vocab=vocab,
-        joiner_dim=32,
-        predictor=PredictorConfig(embedding=32),
-    )
-
-
 @pytest.mark.slow
 def test_from_recordings_to_a_bundle(
     corpus: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
@@ -68,11 +54,10 @@ def test_from_recordings_to_a_bundle(
     for name, part in (("train", rows[:14]), ("unlabelled", bare), ("dev", rows[18:])):
         (data / f"en.{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     whisper = str(_whisper(tmp_path / "whisper"))
-    monkeypatch.setattr(train_cli, "whisper_tiny", _small_student)
     # A teacher that has learnt for three steps is sure of nothing.
     args = [
         *("en-small", "--data", str(data), "--run", str(run), "--scale", "tiny"),
-        *("--teacher", whisper, "--student", whisper, "--accept-data"),
+        *("--teacher", whisper, "--accept-data"),
     ]
     assert recipe.main(args) == 0
     bundle = Bundle.load(run / "bundle")

@@ -81,6 +81,9 @@ ENCODERS = {
     "stride-1": EncoderConfig(frontend=_front(strides=(1, 1)), emformer=_layers()),
     "stride-2-1": EncoderConfig(frontend=_front(strides=(2, 1)), emformer=_layers()),
     "whisper": EncoderConfig(frontend=_WHISPER, emformer=_PLAIN, pool=2, final_norm=True),
+    "whisper-pooled-first": EncoderConfig(
+        frontend=_WHISPER, emformer=_PLAIN, pool=2, pool_first=True, final_norm=True
+    ),
     "whisper-memory-conv": EncoderConfig(
         frontend=_WHISPER,
         emformer=dataclasses.replace(_PLAIN, memory=3, conv_kernel=4),

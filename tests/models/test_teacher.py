@@ -30,6 +30,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from loquent.export import measure
 from loquent.models import cli, distill, pretraining
 from loquent.models.checkpoint import CheckpointError, load_checkpoint, read_tensors
 from loquent.models.data import read_manifest
@@ -159,7 +160,7 @@ def test_wav2vec_from_pretraining_to_a_student(
     assert rows
     assert all((pseudo / row["audio"]).exists() and row["text"] for row in rows)
     # A student learns from all of it.
-    monkeypatch.setattr(cli, "whisper_tiny", tiny_config)
+    monkeypatch.setattr(cli, "whisper_student", lambda vocab, **_: tiny_config(vocab))
     run = tmp_path / "student"
     student = [
         "student",
@@ -224,13 +225,30 @@ def test_whisper_teacher_and_a_lattice_beside(
     assert torch.equal(start["emformer.layers.0.ffn_in.weight"], original[lowest])
     top = start["emformer.layers.1.ffn_in.weight"]
     assert not torch.equal(top, original["layers.1.fc1.weight"])
+    # A student begins as one of its layers, with its head and its subwords.
+    born = tmp_path / "born"
+    begun = options(from_teacher=run / "last", layers="1", lr=0.0, head_lr=0.0)
+    assert cli.main([*loop(corpus, born, features=features), *begun]) == 0
+    student = load_checkpoint(born / "last")
+    assert student.state["origin"]["start"] == "a teacher fine-tuned from whisper, layers 1"
+    assert student.student.config.encoder.emformer.layers == 1
+    assert student.student.config.encoder.pool_first
+    own = student.student.state_dict()
+    theirs = checkpoint.student.state_dict()
+    layer = "encoder.emformer.layers"
+    for mine, other in (
+        (f"{layer}.0.ffn_in.weight", f"{layer}.1.ffn_in.weight"),
+        ("encoder.frontend.conv1.weight", "encoder.frontend.conv1.weight"),
+        ("ctc.weight", "ctc.weight"),
+    ):
+        torch.testing.assert_close(own[mine], theirs[other])
     # The same checkpoint is a teacher for `distill`.
     heard = tmp_path / "heard"
     asked = options(output=heard, data=corpus, features=features)
     assert distill.main([str(run / "last"), *asked]) == 0
     assert len(Posteriors(heard)) == 24
     # Two students: the second learns from the transducer of the first.
-    monkeypatch.setattr(cli, "whisper_tiny", tiny_config)
+    monkeypatch.setattr(cli, "whisper_student", lambda vocab, **_: tiny_config(vocab))
     first, second = tmp_path / "first", tmp_path / "second"
     tokens = heard / "tokens.spm"
     shared = options(features=features, rnnt_from=0, tokens=tokens)
@@ -401,10 +419,62 @@ def test_two_processes_have_the_gradients_of_one(corpus: Path, tmp_path: Path) -
         torch.testing.assert_close(results["two"][name], gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (options(layers="0,1"), "--layers needs --whisper or --from-teacher"),
+        (options(layers="1,0", whisper="none"), "'1,0', expected rising numbers"),
+        (options(layers="x", whisper="none"), "'x', expected rising numbers"),
+        (options(start="a", whisper="none"), "not allowed with"),
+    ],
+)
+def test_wrong_layers_are_named(
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*loop(corpus, tmp_path, features=corpus.parent / "features"), *given])
+    assert message in capsys.readouterr().err
+
+
+def test_core_hours_end_runs_which_are_then_compared(
+    corpus: Path,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "whisper_student", lambda vocab, **_: tiny_config(vocab))
+    features = corpus.parent / "features"
+    budget = 0.5 / 3600  # half a second
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for seed, run in enumerate(runs):
+        asked = options(features=features, vocab=12, core_hours=budget, seed=seed)
+        args = [*loop(corpus, run, steps=10_000), *asked]
+        assert cli.main(args) == 0
+        progress = load_checkpoint(run / "last").state["progress"]
+        assert 1 < progress["step"] < 10_000
+        assert progress["core_hours"] >= budget
+        assert cli.main(args) == 0  # is at its end
+        assert load_checkpoint(run / "last").state["progress"] == progress
+    capsys.readouterr()
+    asked = options(features=features, segment=16)
+    assert measure.main(["runs", str(corpus), *map(str, runs), *asked]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| one", "| two"]
+    assert {row["name"] for row in json.loads(lines[-1])["runs"]} == {"one", "two"}
+    with pytest.raises(SystemExit):
+        measure.main(["runs", str(corpus), str(tmp_path / "none"), *asked])
+    assert "expected a checkpoint folder" in capsys.readouterr().err
+
+
 def test_patience_ends_a_run(
     corpus: Path, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "whisper_tiny", tiny_config)
+    monkeypatch.setattr(cli, "whisper_student", lambda vocab, **_: tiny_config(vocab))
     # At this rate nothing is ever recognised, so the first evaluation stays the best.
     args = loop(
         corpus,

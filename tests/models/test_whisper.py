@@ -168,12 +168,21 @@ def test_fewer_layers_take_the_lower_ones(hugging_face: Path) -> None:
     )
 
 
+def test_chosen_layers_are_taken(hugging_face: Path) -> None:
+    one = Encoder(whisper_encoder(dim=128, layers=1))
+    tensors = load_whisper(hugging_face)
+    initialise_from_whisper(one, tensors, [1])
+    torch.testing.assert_close(
+        one.state_dict()["emformer.layers.0.ffn_in.weight"], tensors["layers.1.fc1.weight"]
+    )
+
+
 # What cannot be read or does not fit
 
 
 def test_other_shapes_are_named(hugging_face: Path) -> None:
     tensors = load_whisper(hugging_face)
-    with pytest.raises(WhisperWeightsError, match="encoder has 3 layers, Whisper's has 2"):
+    with pytest.raises(WhisperWeightsError, match="got layer 2 for the encoder, Whisper's has 2"):
         initialise_from_whisper(Encoder(whisper_encoder(dim=128, layers=3)), tensors)
     with pytest.raises(WhisperWeightsError, match=r"weight is \(128, 80, 3\).*\(64, 80, 3\)"):
         initialise_from_whisper(Encoder(whisper_encoder(dim=64, layers=2)), tensors)
