@@ -179,6 +179,8 @@ class Session:
         session._sample_rate = stream.sample_rate
         session._lane = lane = host.batcher.add(stream, stream.sample_rate, wire.draining)
         lane.beats, lane.finalizes = True, handed.finalizes
+        if host.config.record is not None:
+            session._recorder = Recorder(host.config.record, handed.session, stream.sample_rate)
         return session
 
     async def _hand_over(self) -> bool:
@@ -442,7 +444,7 @@ class Session:
             stability=start.stability or 0.0,
         )
         if self._config.record is not None:
-            self._recorder = await asyncio.to_thread(Recorder, self._config.record, self._id, start)
+            self._recorder = Recorder(self._config.record, self._id, start.sample_rate)
         self._sample_rate = start.sample_rate
         self._lane = self._host.batcher.add(stream, start.sample_rate)
         self._start_writing(self._lane)

@@ -20,7 +20,7 @@ const DECODERS = {
 const QUIET_SECONDS = 4; // of digital silence before we say so
 const DELAYS_KEPT = 9;
 
-let state = "idle"; // idle starting connecting live waiting finishing failed
+let state = "idle"; // idle starting connecting live reconnecting waiting finishing failed
 let capture = null;
 let session = null;
 let clockStart = Infinity; // when the first sample was heard, in ms; the least late packet tells best
@@ -37,6 +37,7 @@ const BUTTONS = {
   starting: "Cancel",
   connecting: "Stop",
   live: "Stop",
+  reconnecting: "Stop",
   waiting: "Stop",
   finishing: "Skip the rest",
 };
@@ -74,6 +75,10 @@ const listener = {
       case "connecting":
         show("connecting", detail.attempt === 0 ? "Connecting to the server" : "Connecting again");
         break;
+      case "reconnecting":
+        show("reconnecting", "Reconnecting");
+        if (byId("notice").hidden) notice("The connection to the server was lost. What you say meanwhile is kept and captioned as soon as it is back.");
+        break;
       case "live":
         notice("");
         show("live", "Listening");
@@ -106,8 +111,8 @@ const listener = {
     }
   },
 
-  ready(message) {
-    captions.forget(); // on a new connection its audio is heard again
+  ready(message, resumed) {
+    if (!resumed) captions.forget(); // its audio is heard again
     showLanguage(message.bundle);
     fact("decoder-used", DECODERS[message.decoder] ?? message.decoder);
     fact("latency", `${Math.round(message.latency_ms)} ms`);

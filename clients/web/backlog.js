@@ -1,5 +1,6 @@
-// Audio that the server may still need: packets not sent yet, and packets sent whose text is not final.
-// After a lost connection the stream is replayed from here, so that a restart of the server costs no words.
+// Audio that the server may still need: packets not sent yet, packets that it has not confirmed, and packets whose
+// text is not final. After a lost connection the session goes on from the first that is not confirmed; a server that
+// knows nothing of the session hears again what has no final text. Either way it costs no words.
 
 /** Milliseconds to wait before the given attempt (0 is the first): doubling, from half a second to eight. */
 export function backoff(attempt) {
@@ -10,12 +11,13 @@ export class Backlog {
   #packets = []; // each {start, pcm}; start is the index of its first sample in the whole recording
   #sent = 0; // how many of them this connection has been given
   #end = 0; // index of the next sample
+  #confirmed = 0; // the server has what lies before this sample
   #limit;
   #replay;
 
   /**
    * @param {number} limit samples that may wait at most
-   * @param {number} replay samples already sent that are kept at most
+   * @param {number} replay samples that are sent and not confirmed at most, and confirmed ones that are kept at most
    */
   constructor(limit, replay) {
     this.#limit = limit;
@@ -43,13 +45,19 @@ export class Backlog {
     return true;
   }
 
-  /** @returns {Int16Array | null} the next packet to send, null when there is none */
+  /** @returns {Int16Array | null} the next packet to send, null when there is none or too much is not confirmed */
   next() {
     if (this.#sent === this.#packets.length) return null;
     const { start, pcm } = this.#packets[this.#sent];
+    if (start - this.#confirmed >= this.#replay) return null;
     this.#sent += 1;
-    this.release(start + pcm.length - this.#replay);
     return pcm;
+  }
+
+  /** The server has everything before the sample. */
+  confirm(sample) {
+    this.#confirmed = Math.max(this.#confirmed, sample);
+    this.release(this.#confirmed - this.#replay);
   }
 
   /** Lets go of the packets that were sent and end at or before the sample. */
@@ -60,9 +68,26 @@ export class Backlog {
     }
   }
 
-  /** Begins to send again from the oldest packet. @returns {number} the index of its first sample */
-  rewind() {
-    this.#sent = 0;
-    return this.#packets.length > 0 ? this.#packets[0].start : this.#end;
+  /**
+   * Begins to send again: from the sample on, or, for a server that has nothing, from the oldest packet.
+   * @returns {number} the index of the first sample that will be sent
+   */
+  rewind(sample = null) {
+    const oldest = this.#packets.length > 0 ? this.#packets[0].start : this.#end;
+    const from = Math.max(sample ?? oldest, oldest);
+    this.#confirmed = from;
+    this.#sent = this.#packets.findIndex(({ start, pcm }) => start + pcm.length > from);
+    if (this.#sent === -1) {
+      this.#sent = this.#packets.length;
+      return this.#end;
+    }
+    const { start, pcm } = this.#packets[this.#sent];
+    if (start < from) {
+      const cut = from - start;
+      const halves = [{ start, pcm: pcm.subarray(0, cut) }, { start: from, pcm: pcm.subarray(cut) }];
+      this.#packets.splice(this.#sent, 1, ...halves);
+      this.#sent += 1;
+    }
+    return from;
   }
 }

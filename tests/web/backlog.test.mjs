@@ -57,7 +57,7 @@ test("after everything is settled a new connection begins at the end", () => {
 });
 
 test("audio that was not sent is never dropped: when too much waits, no more is taken", () => {
-  const backlog = new Backlog(30, 10);
+  const backlog = new Backlog(30, 100);
   for (const value of [1, 2, 3]) assert.ok(backlog.push(packet(value)));
   assert.equal(backlog.push(packet(4)), false);
   assert.equal(backlog.end, 30);
@@ -66,13 +66,40 @@ test("audio that was not sent is never dropped: when too much waits, no more is 
   assert.deepEqual(drain(backlog), [2, 3, 4]);
 });
 
-test("of the audio that was sent, only the newest is kept for another connection", () => {
+test("of the audio that the server has, only the newest is kept for another one", () => {
   const backlog = new Backlog(50, 20);
   for (let value = 1; value <= 8; value += 1) {
     backlog.push(packet(value));
     backlog.next();
+    backlog.confirm(10 * value);
   }
   assert.equal(backlog.rewind(), 60);
   assert.equal(backlog.waiting, 20);
   assert.deepEqual(drain(backlog), [7, 8]);
+});
+
+test("what is not confirmed is kept, and no more than so much of it is sent", () => {
+  const backlog = new Backlog(100, 20);
+  for (const value of [1, 2, 3, 4]) backlog.push(packet(value));
+  assert.deepEqual(drain(backlog), [1, 2]);
+  backlog.confirm(5);
+  assert.deepEqual(drain(backlog), [3]);
+  backlog.confirm(30);
+  assert.deepEqual(drain(backlog), [4]);
+});
+
+test("a session goes on at the sample that the server names, in the middle of a packet too", () => {
+  const backlog = new Backlog(100, 100);
+  backlog.push(Int16Array.from([1, 2, 3, 4]));
+  backlog.push(Int16Array.from([5, 6, 7, 8]));
+  drain(backlog);
+  assert.equal(backlog.rewind(6), 6);
+  assert.equal(backlog.waiting, 2);
+  assert.deepEqual([...backlog.next()], [7, 8]);
+  assert.equal(backlog.rewind(4), 4);
+  assert.deepEqual(drain(backlog), [5, 7]);
+  assert.equal(backlog.rewind(8), 8);
+  assert.equal(backlog.next(), null);
+  assert.equal(backlog.rewind(), 0);
+  assert.deepEqual(drain(backlog), [1, 5, 7]);
 });

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -64,6 +65,73 @@ class Serving:
         assert self.process.stderr is not None
         self.process.stderr.close()
         return status
+
+
+class Link:
+    """The network between a browser and a server, which breaks when it is told to."""
+
+    def __init__(self, port: int) -> None:
+        self._target = ("127.0.0.1", port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+        self.up = True
+        self._ends: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                here, _ = self._listener.accept()
+            except OSError:
+                return
+            self._ends.append(here)
+            if not self.up:
+                here.close()
+                continue
+            there = socket.create_connection(self._target)
+            self._ends.append(there)
+            for ends in ((here, there), (there, here)):
+                self._threads.append(threading.Thread(target=self._copy, args=ends))
+                self._threads[-1].start()
+
+    @staticmethod
+    def _copy(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """Break all connections; no new ones come through until `up` is set."""
+        self.up = False
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+        for end in self._ends:
+            end.close()
+
+
+@pytest.fixture
+def link() -> Iterator[Callable[[Serving], Link]]:
+    """Puts a `Link` before a server."""
+    with contextlib.ExitStack() as stack:
+
+        def make(server: Serving) -> Link:
+            link = Link(int(server.port))
+            stack.callback(link.close)
+            return link
+
+        yield make
 
 
 @pytest.fixture(scope="session")

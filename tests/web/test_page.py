@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import signal
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 from playwright.sync_api import Browser, Page, expect
@@ -36,11 +38,18 @@ class Watched:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", self._console)
         self.page.on("request", self._request)
+        self.ready: list[dict[str, Any]] = []  # what servers said to connections
+        self.page.on("websocket", lambda ws: ws.on("framereceived", self._frame))
         self.page.goto(url)
 
     def _console(self, message: Any) -> None:
         if message.type in ("error", "warning"):
             self.complaints.append(message.text)
+
+    def _frame(self, payload: str | bytes) -> None:
+        message = json.loads(payload)
+        if message["type"] == "ready":
+            self.ready.append(message)
 
     def _request(self, request: Any) -> None:
         if not request.url.startswith((self.url, f"blob:{self.url}")):
@@ -142,6 +151,85 @@ def test_a_server_that_asks_for_keys(serve: Serve, browse: Browse, tmp_path: Pat
         assert watched.complaints == []
     assert server.end() == 0
     assert "correct-horse" not in "".join(server.log)
+
+
+def test_a_lost_connection_is_resumed(
+    serve: Serve,
+    link: Callable[..., Any],
+    browse: Browse,
+    transcribe: Transcribe,
+    tmp_path: Path,
+) -> None:
+    server = serve("--port", "0", "--record", str(tmp_path))
+    network = link(server)
+    with browse() as browser:
+        watched = Watched(browser, network.url)
+        page = watched.page
+        watched.press()
+        page.wait_for_selector("#live:not([hidden])")
+        begun = page.locator("#live .text").inner_text()
+        network.cut()
+        watched.wait("reconnecting")
+        expect(page.get_by_role("status")).to_contain_text("Reconnecting")
+        expect(page.get_by_role("alert")).to_contain_text("is kept and captioned")
+        ARTIFACTS.mkdir(exist_ok=True)
+        page.screenshot(path=ARTIFACTS / "reconnecting.png")
+        page.wait_for_timeout(1200)
+        assert page.locator("#live .text").inner_text().startswith(begun.split()[0])
+        network.up = True
+        watched.wait("live")
+        expect(page.locator("#notice")).to_be_hidden()
+        for seconds in (5, 6):
+            watched.wait_elapsed(seconds)
+            network.cut()
+            watched.wait("reconnecting")
+            network.up = True
+            watched.wait("live")
+        watched.wait_elapsed(7.5)
+        network.cut()
+        watched.press()  # stopped while there is no connection: the rest comes all the same
+        network.up = True
+        watched.wait("idle")
+        shown, stopped = watched.finals, watched.elapsed
+        assert len({ready["session"] for ready in watched.ready}) == 1
+        assert len(watched.ready) == 5
+    assert server.end() == 0
+    # One session heard every sample once, so it says what a recording of them says.
+    (recorded,) = tmp_path.glob("*.wav")
+    assert soundfile.info(recorded).duration == pytest.approx(stopped, abs=0.006)
+    assert shown == transcribe(recorded)
+    assert shown
+
+
+def test_a_restarted_server_goes_on_with_the_session(
+    serve: Serve, browse: Browse, transcribe: Transcribe, tmp_path: Path
+) -> None:
+    flags = ["--record", str(tmp_path), "--snapshots", str(tmp_path / "sessions")]
+    server = serve("--port", "0", *flags)
+    with browse() as browser:
+        watched = Watched(browser, server.url)
+        page = watched.page
+        watched.press()
+        page.wait_for_selector("#log .final")
+        page.wait_for_selector("#live:not([hidden])")
+        assert server.end() == 0
+        watched.wait("reconnecting")
+        server = serve("--port", server.port, *flags)
+        watched.wait("live")
+        watched.wait_elapsed(watched.elapsed + 2)
+        watched.press()
+        watched.wait("idle")
+        shown = watched.finals
+        first, second = watched.ready
+    assert server.end() == 0
+    assert first["session"] == second["session"]
+    parts = [soundfile.read(file, dtype="int16")[0] for file in sorted(tmp_path.glob("*.wav"))]
+    assert len(parts) == 2
+    # What the first server had and had not recognised yet was sent again.
+    whole = np.concatenate([parts[0][: second["resume"]["samples"]], parts[1]])
+    soundfile.write(tmp_path / "whole.wav", whole, 16000, subtype="PCM_16")
+    assert shown == transcribe(tmp_path / "whole.wav")
+    assert len(shown) > 1
 
 
 def test_a_killed_server_costs_no_words(
