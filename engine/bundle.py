@@ -57,14 +57,26 @@ class GraphFile:
     sha256: str
 
 
+# The encoder's state that counts a stream's frames, by which its rings go.
+PROCESSED = "processed_frames"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StateSpec:
-    """A named state: ``shape`` is without the batch axis; every element starts as ``init``."""
+    """A named state: ``shape`` is without the batch axis; every element starts as ``init``.
+
+    ``ring`` is the axis over which it is a ring: what belongs to frame n of a stream lies at n
+    modulo its length, n being what the state ``processed_frames`` counts, divided by ``every``.
+    The graph reads such a state in the row that its input ``rows`` names, and gives out the
+    window's own frames only.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     init: float
+    ring: int | None = None
+    every: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,15 +390,25 @@ def _graph(fields: Fields) -> GraphFile:
 
 
 def _states(fields: Fields) -> tuple[StateSpec, ...]:
-    return tuple(
+    states = tuple(
         StateSpec(
             name=state.string("name"),
             shape=state.integers("shape", 0),
             dtype=state.choice("dtype", DTYPES),
             init=state.number("init", 0),
+            ring=state.integer("ring", 0) if state.has("ring") else None,
+            every=state.integer("every", 1) if state.has("every") else 1,
         )
         for state in fields.objects("states")
     )
+    counted = any((s.name, s.shape, s.dtype) == (PROCESSED, (), "int64") for s in states)
+    for state in states:
+        if state.ring is not None and not (state.ring < len(state.shape) and counted):
+            raise BundleError(
+                f"{MANIFEST}: got the state {state.name} {list(state.shape)} with ring "
+                f"{state.ring}, expected one of its axes and an int64 state {PROCESSED} of shape []"
+            )
+    return states
 
 
 def _checked(files: BundleFiles, name: str, sha256: str) -> bytes:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from loquent.engine.bundle import Bundle
+from loquent.engine.bundle import PROCESSED, Bundle, StateSpec
 from loquent.engine.errors import BundleError
+from loquent.engine.pool import Pool, Slot, write_ring
 from loquent.engine.session import (
     Array,
     Device,
@@ -20,6 +21,7 @@ from loquent.engine.session import (
 )
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 
 
 class OnnxEncoder:
@@ -38,6 +40,7 @@ class OnnxEncoder:
         self._spec = spec
         self._heads = _heads(bundle, batch=None, frames=None)
         self._next = ["next." + state.name for state in spec.states]
+        self._rings = [state for state in spec.states if state.ring is not None]
         features = bundle.features.n_mels
         self._graph = Graph(
             bundle,
@@ -45,14 +48,38 @@ class OnnxEncoder:
             inputs={
                 "window": ("float32", (None, None, features)),
                 "right_context": ("int64", ()),
+                **({"rows": ("int64", (None,))} if self._rings else {}),
                 **state_tensors("state.", spec.states),
             },
-            outputs={**self._heads, **state_tensors("next.", spec.states)},
+            outputs={**self._heads, **_following("next.", spec.states)},
             threads=threads,
             device=device,
         )
         self.initial: State = initial_state(spec.states)
         self._try(bundle, features)
+        self.pool = Pool(spec.states)
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of all there are."""
+        return list(self._heads)
+
+    def advance(
+        self, window: Float32, right_context: int, slots: Sequence[Slot], outputs: Sequence[str]
+    ) -> tuple[dict[str, Float32], Advance]:
+        """Encode one window of each of B streams whose states are in the pool.
+
+        Args:
+            window, right_context, outputs: as of ``step``.
+            slots: of the pool, each once.
+
+        Returns:
+            Frames by head, and what is to be kept. Until it is, nothing has changed.
+        """
+        owned = self.pool.own(slots)
+        rows = self.pool.rows(owned)
+        frames, following = self._run(window, right_context, self.pool.inputs(rows), rows, outputs)
+        return frames, Advance(self.pool, owned, rows, following)
 
     def step(
         self,
@@ -75,11 +102,29 @@ class OnnxEncoder:
             the last ``right_context / subsampling`` are context only; and the next state. The
             arrays passed in are not changed.
         """
-        heads = list(self._heads) if outputs is None else list(outputs)
+        heads = self.heads if outputs is None else list(outputs)
+        rows = np.arange(len(window))
+        frames, following = self._run(window, right_context, state, rows, heads)
+        after = dict(following)
+        for spec in self._rings:
+            after[spec.name] = state[spec.name].copy()
+            write_ring(spec, after[spec.name], rows, state[PROCESSED], following)
+        return frames, after
+
+    def _run(
+        self,
+        window: Float32,
+        right_context: int,
+        state: Mapping[str, Array],
+        rows: Int64,
+        heads: Sequence[str],
+    ) -> tuple[dict[str, Float32], State]:
         inputs: dict[str, Array] = {"state." + name: array for name, array in state.items()}
         inputs["window"] = window
         inputs["right_context"] = np.array(right_context, np.int64)
-        result = self._graph.run(heads + self._next, inputs)
+        if self._rings:
+            inputs["rows"] = rows
+        result = self._graph.run([*heads, *self._next], inputs)
         frames = {name: result[name] for name in heads}
         return frames, {spec.name: result["next." + spec.name] for spec in self._spec.states}
 
@@ -99,6 +144,32 @@ class OnnxEncoder:
         count = (segment + right) // spec.subsampling
         self._graph.check_result(frames, _heads(bundle, batch=2, frames=count))
         self._graph.check_result(after, state_tensors("", spec.states, batch=2))
+
+
+class Advance:
+    """What a window brought the states of some streams, not yet written."""
+
+    def __init__(
+        self, pool: Pool, slots: Sequence[Slot], rows: Int64, following: Mapping[str, Array]
+    ) -> None:
+        self._pool, self._slots = pool, slots
+        self._rows, self._following = rows, following
+
+    def keep(self) -> Sequence[Slot]:
+        """Write it; the streams' slots from here on."""
+        self._pool.write(self._rows, self._following)
+        return self._slots
+
+
+def _following(prefix: str, specs: Sequence[StateSpec]) -> dict[str, Tensor]:
+    """The graph's outputs that follow the states; of rings, frames of the window."""
+    return {
+        prefix + spec.name: (
+            spec.dtype,
+            (None, *(None if axis == spec.ring else n for axis, n in enumerate(spec.shape))),
+        )
+        for spec in specs
+    }
 
 
 def _heads(bundle: Bundle, *, batch: int | None, frames: int | None) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from loquent.engine.errors import ConfigError
 from loquent.engine.events import Final
 from loquent.engine.finish import Finishing, finisher
 from loquent.engine.hotwords import Hotword, HotwordGraph
-from loquent.engine.session import Device, Slot, stack, unstack
+from loquent.engine.pool import Pool
+from loquent.engine.session import Device
 from loquent.engine.stream import Stream, as_float32
 from loquent.engine.vad import SAMPLE_RATE as VAD_RATE
 from loquent.engine.vad import SileroVad, Voice
@@ -52,7 +53,6 @@ class Recognizer:
             raise ConfigError(f"got threads {threads}, expected 1 or more")
         self.bundle = bundle
         self._encoder = OnnxEncoder(bundle, threads=threads, device=device)
-        self._start = Slot(self._encoder.initial, 0, 1)
         self._threads = threads
         self._decoders = Decoders(bundle, threads=threads, device=device)
         # Sessions with the same list share its automaton.
@@ -153,7 +153,7 @@ class Recognizer:
             right_context=bundle.right_context_for(right_context_ms),
             decoder=decoder,
             endpoint=endpoint,
-            encoder_state=self._start,
+            encoder_state=self._encoder.pool.fresh,
             search=self._decoders[decoder].start(settings),
             voice=Voice(hop) if vad else None,
             hotwords=self.hotwords,
@@ -167,6 +167,11 @@ class Recognizer:
             ConfigError: too many, or one that the model cannot spell.
         """
         return self._graphs(tuple(hotwords)) if hotwords else None
+
+    @property
+    def pool(self) -> Pool:
+        """Where the encoder's states of its streams are."""
+        return self._encoder.pool
 
     def snapshot(self, stream: Stream) -> bytes:
         """A stream as bytes, between two steps: see `loquent.engine.snapshot`.
@@ -207,8 +212,6 @@ class Recognizer:
         if voices:
             self._vad.run(voices)
         for (_, right_context), members in groups.items():
-            # In the order of their last batch, so that its state can be used as it lies there.
-            members.sort(key=lambda m: (id(m[0].encoder_state.batch), m[0].encoder_state.row))
             self._advance([m[0] for m in members], [m[1] for m in members], right_context)
 
     def encode(self, stream: Stream) -> dict[str, Float32]:
@@ -221,10 +224,12 @@ class Recognizer:
         if window is None:
             stream.end()
             return {}
-        state = stack([stream.encoder_state])
-        frames, state = self._encoder.step(window[None], stream.right_context, state)
+        heads = self._encoder.heads
+        frames, advance = self._encoder.advance(
+            window[None], stream.right_context, [stream.encoder_state], heads
+        )
         count = len(stream.frames())
-        (stream.encoder_state,) = unstack(state, 1)
+        (stream.encoder_state,) = advance.keep()
         stream.advance()
         return {head: rows[0, :count] for head, rows in frames.items()}
 
@@ -260,18 +265,19 @@ class Recognizer:
         self, streams: Sequence[Stream], windows: Sequence[Float32], right_context: int
     ) -> None:
         batch = windows[0][None] if len(windows) == 1 else np.stack(windows)
-        state = stack([stream.encoder_state for stream in streams])
         by_decoder: dict[DecoderName, list[int]] = {}
         for i, stream in enumerate(streams):
             by_decoder.setdefault(stream.decoder, []).append(i)
         heads = list(dict.fromkeys(head for name in by_decoder for head in HEADS[name]))
-        frames, state = self._encoder.step(batch, right_context, state, heads)
+        frames, advance = self._encoder.advance(
+            batch, right_context, [stream.encoder_state for stream in streams], heads
+        )
         decoded: list[tuple[int, tuple[list[Frame], Search]]] = []
         for name, rows in by_decoder.items():
             jobs = [_job(streams[i], {h: frames[h][i] for h in HEADS[name]}) for i in rows]
             decoded += zip(rows, self._decoders[name].decode(jobs), strict=True)
         # No network runs from here on: a step that fails has changed no stream and may be repeated.
-        slots = unstack(state, len(streams))
+        slots = advance.keep()
         for i, (said, search) in decoded:
             stream = streams[i]
             stream.search, stream.encoder_state = search, slots[i]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
@@ -161,43 +160,6 @@ def state_tensors(
 ) -> dict[str, Tensor]:
     """The graph's inputs or outputs that carry these states."""
     return {prefix + spec.name: (spec.dtype, (batch, *spec.shape)) for spec in specs}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Slot:
-    """One stream's state: a row of a batch's arrays, which nobody ever writes to."""
-
-    batch: State
-    row: int
-    size: int
-
-    def alone(self) -> State:
-        """As a batch of one, without a copy."""
-        if self.size == 1:
-            return self.batch
-        return {name: array[self.row : self.row + 1] for name, array in self.batch.items()}
-
-
-def stack(slots: Sequence[Slot]) -> State:
-    """States of several streams as one batch.
-
-    Nothing is copied for one stream, nor when the streams are the rows, in order, of the batch that
-    they were in last time: under steady load the state then never moves.
-    """
-    first = slots[0]
-    if len(slots) == 1:
-        return first.alone()
-    if len(slots) == first.size and all(
-        slot.batch is first.batch and slot.row == row for row, slot in enumerate(slots)
-    ):
-        return first.batch
-    parts = [slot.alone() for slot in slots]
-    return {name: np.concatenate([part[name] for part in parts]) for name in first.batch}
-
-
-def unstack(state: State, count: int) -> list[Slot]:
-    """Inverse of :func:`stack`. The rows share the batch's memory, which lives until the last."""
-    return [Slot(state, row, count) for row in range(count)]
 
 
 def _show(shape: Sequence[object]) -> str:

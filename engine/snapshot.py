@@ -42,9 +42,9 @@ from loquent.engine.errors import LoquentError, SnapshotError
 from loquent.engine.features import Fbank
 from loquent.engine.finish import Finishing
 from loquent.engine.hotwords import Hotword, HotwordGraph, HotwordState
+from loquent.engine.pool import Slot
 from loquent.engine.resample import Resampler
 from loquent.engine.ring import Ring
-from loquent.engine.session import Slot
 from loquent.engine.stream import Stream, _Mark, _Trunk
 from loquent.engine.text import Hypothesis
 from loquent.engine.transcript import Echo, Transcript
@@ -54,7 +54,7 @@ from loquent.engine.words import WordRules
 if TYPE_CHECKING:
     from loquent.engine.recognizer import Recognizer
 
-VERSION = 1
+VERSION = 2
 # A stream with its buffers full and a wide beam is about a megabyte.
 MAX_BYTES = 32 << 20
 
@@ -273,7 +273,7 @@ class _Writer:
         if type(obj) is dict:
             return ["dict", *([self.value(k), self.value(v)] for k, v in obj.items())]
         if isinstance(obj, Slot):
-            return ["slot", *([name, self.value(a)] for name, a in obj.alone().items())]
+            return ["slot", *([name, self.value(a)] for name, a in obj.state().items())]
         if type(obj) not in _NAMES:
             raise SnapshotError(
                 f"got a {type(obj).__module__}.{type(obj).__qualname__} in a stream, which "
@@ -349,7 +349,8 @@ class _Reader:
                 made = self._made[number] = {}
                 made.update((self.value(key), self.value(value)) for key, value in rest)
             case "slot":
-                made = Slot({name: self.value(array) for name, array in rest}, 0, 1)
+                state = {name: self.value(array) for name, array in rest}
+                made = self._recognizer.pool.put(state)
                 self._made[number] = made
             case "fields":
                 made = self._filled(number, _CLASSES[rest[0]], rest[1])

@@ -35,9 +35,9 @@ from loquent.engine.events import Event
 from loquent.engine.features import Fbank
 from loquent.engine.finish import Finishing
 from loquent.engine.hotwords import Hotword, HotwordGraph
+from loquent.engine.pool import Slot
 from loquent.engine.resample import Resampler
 from loquent.engine.ring import Ring
-from loquent.engine.session import Slot
 from loquent.engine.transcript import Transcript
 from loquent.engine.vad import Voice
 
@@ -298,6 +298,7 @@ class Stream:
             endpointer=self.transcript.endpointer(),
         )
         self._fbank, self._chunker = copy(self._fbank), copy(self._chunker)
+        self.encoder_state = self.encoder_state.fork()
         self.voice = self.voice and self.voice.fork()
         self.transcript.branch(self.voice)
         samples = np.concatenate([self._ring.read(mark.head - self._ring.tail), mark.rest])

@@ -211,6 +211,7 @@ def _encoder(student: Student, lengths: dict[str, Any], folder: Path) -> dict[st
                 "name": name,
                 "shape": list(shape),
                 "dtype": str(states[name].dtype).removeprefix("torch."),
+                **({"ring": 1, "every": encoder.ring_every} if name in encoder.rings else {}),
             }
             for name, shape in encoder.state_shapes().items()
         ],

@@ -1,7 +1,9 @@
 """ONNX graphs of a student: encoder, predictor, joiner.
 
 Batch and window length are dynamic in one graph, so one bundle serves every chunk size. States are
-named inputs ``state.<name>`` with outputs ``next.<name>``, batch first.
+named inputs ``state.<name>`` with outputs ``next.<name>``, batch first. States that are rings are
+read where they lie: the input has a row for every stream there is, ``rows`` says which are meant,
+and the output is the window's own frames, which whoever holds the rings writes into them.
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ OPSET = 20
 
 
 class _EncoderGraph(nn.Module):
-    """Window and states in; CTC log-probabilities, joiner projection and next states out."""
+    """Window and states in; CTC log-probabilities, joiner projection and what follows out."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
         self.student = student
         self.names = list(student.encoder.state_shapes())
 
-    def forward(self, window: Tensor, right_context: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        encoded, following = self.student.encoder.step(
-            window, right_context, dict(zip(self.names, states, strict=True))
+    def forward(
+        self, window: Tensor, right_context: Tensor, rows: Tensor, *states: Tensor
+    ) -> tuple[Tensor, ...]:
+        encoded, following = self.student.encoder.window(
+            window, right_context, dict(zip(self.names, states, strict=True)), rows
         )
         heads = []
         if self.student.ctc is not None:
@@ -105,18 +109,23 @@ def export_encoder(student: Student, path: Path) -> None:
     """Write the encoder graph; its inputs and outputs are those of the bundle's manifest."""
     encoder = student.encoder
     config = encoder.config
-    batch, time = Dim("batch", min=1), Dim("time", min=2)
+    batch, time, pool = Dim("batch", min=1), Dim("time", min=2), Dim("pool", min=1)
     window = torch.zeros(2, 3 * config.subsampling + config.lookahead, config.frontend.features)
-    state = encoder.initial_state(2)
+    state = encoder.initial_state(2) | {n: encoder.initial_state(3)[n] for n in encoder.rings}
     names = list(state)
     heads = ["ctc"] if student.ctc is not None else []
     heads += ["joiner"] if student.config.joiner_dim else []
     _export(
         _EncoderGraph(student),
-        (window, torch.tensor(config.subsampling), *state.values()),
-        ["window", "right_context", *(f"state.{n}" for n in names)],
+        (window, torch.tensor(config.subsampling), torch.arange(2), *state.values()),
+        ["window", "right_context", "rows", *(f"state.{n}" for n in names)],
         [*heads, *(f"next.{n}" for n in names)],
-        ({0: batch, 1: time}, {}, tuple({0: batch} for _ in names)),
+        (
+            {0: batch, 1: time},
+            {},
+            {0: batch},
+            tuple({0: pool if n in encoder.rings else batch} for n in names),
+        ),
         path,
     )
 

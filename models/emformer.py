@@ -6,8 +6,13 @@ compute the same function:
 
 * :meth:`Emformer.forward` for training: the whole utterance under one mask, with a hard copy of
   the right context behind every segment (so that no frame ever sees past it);
-* :meth:`Emformer.step` for streaming and export: one window of segment + right context, and a
-  state. The right context is recomputed at every step and never cached.
+* :meth:`Emformer.step` for streaming: one window of segment + right context, and a state. The
+  right context is recomputed at every step and never cached. :meth:`Emformer.window` is what of it
+  goes into the exported graph: it reads the caches but does not write them.
+
+The left context is a ring: frame n of a stream lies in slot n mod L, as attention does not mind the
+order of its keys. A step then changes the S slots of its own frames and copies none of the others,
+and a graph that reads the caches where they lie gives out those S frames only.
 
 Sources: Emformer, arXiv 2010.10759; ``torchaudio/models/emformer.py``, whose weights load here
 with the same output. Different from it on purpose: the left context is a fixed-size cache whose
@@ -238,38 +243,45 @@ class EmformerLayer(nn.Module):
         return shapes
 
     def step(
-        self, x_BTD: Tensor, state: State, bias_Bx1K: Tensor, segment: Tensor
+        self, x_BTD: Tensor, state: State, bias_Bx1K: Tensor, segment: Tensor, rows_B: Tensor | None
     ) -> tuple[Tensor, State]:
-        """One window: (B, S + R, D) -> the same shape, and the next state.
+        """One window: (B, S + R, D) -> the same shape, and what follows of the state.
 
         Args:
             x_BTD: segment followed by its right context.
             state: this layer's entries, named as in :meth:`state_shapes`, batch first.
             bias_Bx1K: (B, 1, 1, M + L + S + R), 0 where a key may be seen.
             segment: () int64, S.
+            rows_B: where each stream's row of the rings is; None if they are in the batch's order.
+
+        Returns:
+            The output, and the next state, of whose rings there are only the frames of this window,
+            those of the right context too.
         """
         c = self.config
         normed = self.norm_input(x_BTD)
         query = self._heads(self.query(normed)) * (c.dim // c.heads) ** -0.5
         key, value = (self._heads(part) for part in self.key_value(normed).chunk(2, dim=-1))
-        # After a step the cache holds the L frames before the end of the segment.
-        kept = torch.arange(c.left_context, device=x_BTD.device) + segment
-        following: State = {}
-        banks: dict[str, list[Tensor]] = {"key": [], "value": []}
+        following: State = {"key": key, "value": value}
+        # The products go over the parts one by one, as a copy of the caches costs more than they.
+        seen: dict[str, list[Tensor]] = {}
         for name, new in (("key", key), ("value", value)):
-            cached = torch.cat([state[name], new], dim=2)
-            following[name] = cached.index_select(2, kept)
+            ring = state[name]
+            seen[name] = [ring if rows_B is None else ring.index_select(0, rows_B), new]
             if c.memory:
                 bank = state[f"memory_{name}"]
                 inside = (torch.arange(new.shape[2], device=new.device) < segment).to(new.dtype)
                 mean = (new * inside[:, None]).sum(2, keepdim=True) / segment
                 following[f"memory_{name}"] = torch.cat([bank[:, :, 1:], mean], dim=2)
-                banks[name].append(bank)
-            banks[name].append(cached)
-        keys = torch.cat(banks["key"], dim=2) if c.memory else banks["key"][0]
-        values = torch.cat(banks["value"], dim=2) if c.memory else banks["value"][0]
-        weights = torch.softmax(query @ keys.transpose(2, 3) + bias_Bx1K, dim=-1)
-        x = x_BTD + self.out((weights @ values).transpose(1, 2).flatten(2))
+                seen[name].insert(0, bank)
+        scores = torch.cat([query @ part.transpose(2, 3) for part in seen["key"]], dim=3)
+        weights = torch.softmax(scores + bias_Bx1K, dim=-1)
+        cached = c.memory + c.left_context
+        bounds = [0, *([c.memory] if c.memory else []), cached]
+        attended = weights[..., cached:] @ seen["value"][-1]
+        for i, part in enumerate(seen["value"][:-1]):
+            attended = attended + weights[..., bounds[i] : bounds[i + 1]] @ part
+        x = x_BTD + self.out(attended.transpose(1, 2).flatten(2))
         if self.conv is not None:
             run = torch.cat([state["conv"], self.conv.gate(x)], dim=1)
             tail = torch.arange(c.conv_kernel - 1, device=x.device) + segment
@@ -325,6 +337,11 @@ class Emformer(nn.Module):
             for name, shape in self._layer(i).state_shapes().items()
         }
 
+    @property
+    def rings(self) -> frozenset[str]:
+        """Names of the states that are rings over their axis 1 (2 with the batch)."""
+        return frozenset(n for n in self.state_shapes() if n.split(".")[-1] in ("key", "value"))
+
     def step(
         self, x_BTD: Tensor, state: State, processed_B: Tensor, right: Tensor
     ) -> tuple[Tensor, State]:
@@ -340,11 +357,33 @@ class Emformer(nn.Module):
             (B, S + R, D), of which only the first S frames are output, and the next state. The
             caller advances ``processed_B`` by S.
         """
+        x, following = self.window(x_BTD, state, processed_B, right)
+        segment = x_BTD.shape[1] - int(right)
+        return x, {
+            name: write_ring(state[name], new[:, :, :segment], processed_B)
+            if name in self.rings
+            else new
+            for name, new in following.items()
+        }
+
+    def window(
+        self,
+        x_BTD: Tensor,
+        state: State,
+        processed_B: Tensor,
+        right: Tensor,
+        rows_B: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """As :meth:`step`, but the rings' new frames (B, H, S + R, d) come out and are not written.
+
+        Args:
+            rows_B: (B,) int64, rows of the rings, which may then have any number of them.
+        """
         c = self.config
         device = x_BTD.device
         segment = x_BTD.shape[1] - right
         slots = torch.arange(c.left_context, device=device)
-        seen = [slots >= c.left_context - processed_B[:, None]]
+        seen = [slots < processed_B[:, None]]
         if c.memory:
             segments_B = torch.div(processed_B, segment, rounding_mode="floor")
             bank = torch.arange(c.memory, device=device)
@@ -357,6 +396,15 @@ class Emformer(nn.Module):
         for index in range(c.layers):
             prefix = f"layer{index}."
             own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            x, new = self._layer(index).step(x, own, bias, segment)
+            x, new = self._layer(index).step(x, own, bias, segment, rows_B)
             following |= {prefix + name: tensor for name, tensor in new.items()}
         return x, following
+
+
+def write_ring(ring_BHLd: Tensor, new_BHSd: Tensor, processed_B: Tensor) -> Tensor:
+    """The ring with the frames from ``processed_B`` on: (B, H, L, d)."""
+    length, count = ring_BHLd.shape[2], new_BHSd.shape[2]
+    last = torch.arange(max(0, count - length), count, device=new_BHSd.device)
+    slots = (processed_B[:, None] + last).remainder(length)[:, None, :, None]
+    new = new_BHSd[:, :, last]
+    return ring_BHLd.scatter(2, slots.expand_as(new), new)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loquent.models.emformer import Emformer, EmformerConfig, State
+from loquent.models.emformer import Emformer, EmformerConfig, State, write_ring
 from loquent.models.frontend import FrontendConfig, make_frontend
 
 
@@ -174,6 +174,40 @@ class Encoder(nn.Module):
             (B, (S + R) // subsampling, E), of which the first S // subsampling frames are output
             (the rest are the right context's and will be computed again), and the next state.
         """
+        out, following = self.window(window_BTF, right_context, state)
+        processed, after = state["processed_frames"], following["processed_frames"]
+        count = int((after - processed)[0]) // self.ring_every
+        age = processed // self.ring_every
+        for name in self.rings:
+            following[name] = write_ring(state[name], following[name][:, :, :count], age)
+        return out, following
+
+    @property
+    def rings(self) -> frozenset[str]:
+        """States of which :meth:`window` gives the new frames only; see ``emformer.py``."""
+        return self.emformer.rings
+
+    @property
+    def ring_every(self) -> int:
+        """How many of the frames that ``processed_frames`` counts make a frame of the rings."""
+        return self.config.pool if self.config.pool_first else 1
+
+    def window(
+        self,
+        window_BTF: Tensor,
+        right_context: Tensor,
+        state: State,
+        rows_B: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """As :meth:`step`, but rings are read where they lie and not written.
+
+        Args:
+            rows_B: (B,) int64, each stream's row of the rings.
+
+        Returns:
+            The output, and the next state, of whose rings (B, H, (S + R) // layer_subsampling, d)
+            are the frames of the window, those of the right context too.
+        """
         c = self.config
         processed = state["processed_frames"]
         right = torch.div(right_context, c.layer_subsampling, rounding_mode="floor")
@@ -182,7 +216,7 @@ class Encoder(nn.Module):
         front = {n: state[f"frontend.{n}"] for n in self.frontend.state_shapes()}
         frames, front = self.frontend.step(window_BTF, front, processed, segment)
         layers = {n: t for n, t in state.items() if n.startswith("layer")}
-        out, following = self.emformer.step(self._head(frames), layers, age, right)
+        out, following = self.emformer.window(self._head(frames), layers, age, right, rows_B)
         following |= {f"frontend.{n}": t for n, t in front.items()}
         following["processed_frames"] = processed + torch.div(
             segment, c.frontend.subsampling, rounding_mode="floor"

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from loquent.engine.bundle import META_FEATURES, META_SCHEMA, META_TOKENS, Bundl
 from loquent.engine.encoder import OnnxEncoder
 from loquent.engine.errors import BundleError
 from loquent.engine.features import kaldi_spec, whisper_spec
+from loquent.engine.pool import Slot
 from loquent.engine.predictor import OnnxPredictor
 from loquent.engine.recognizer import Recognizer
 from loquent.export.bundle import BundleSpec, update_manifest, write_bundle, write_int8
@@ -118,6 +119,27 @@ def test_streams_of_mixed_age_in_one_batch_are_like_single_ones(written: Written
                 )
 
 
+def test_states_in_the_pool_give_what_states_in_hand_give(written: Written) -> None:
+    _, bundle, _ = written
+    graph = OnnxEncoder(bundle)
+    rng = np.random.default_rng(0)
+    segment, right = 8, 4
+    length = segment + right + bundle.encoder.lookahead
+    state = {n: np.repeat(a, 3, axis=0) for n, a in graph.initial.items()}
+    other = graph.pool.own([graph.pool.fresh])  # a row between
+    slots: Sequence[Slot] = [graph.pool.fresh] * 3
+    for _ in range(8):
+        window = rng.standard_normal((3, length, 8)).astype(np.float32)
+        expected, state = graph.step(window, right, state)
+        got, advance = graph.advance(window[::-1], right, slots[::-1], graph.heads)
+        slots = advance.keep()[::-1]
+        for head, array in got.items():
+            np.testing.assert_array_equal(array[::-1], expected[head])
+    for name, array in graph.pool.read(slots).items():
+        np.testing.assert_array_equal(array, state[name])
+    assert not any(array.any() for array in other[0].state().values())
+
+
 # Mistakes that the parity check is there for
 
 
@@ -163,6 +185,7 @@ def test_manifest_says_what_the_student_is(written: Written) -> None:
     assert bundle.right_contexts_ms == (0, 40, 80)
     shapes = {state.name: state.shape for state in bundle.encoder.states}
     assert shapes == student.encoder.state_shapes()
+    assert {state.name for state in bundle.encoder.states if state.ring} == student.encoder.rings
     for graph in folder.glob("*.onnx"):
         assert str(Path(__file__).parents[2]).encode() not in graph.read_bytes()
         properties = {p.key: p.value for p in onnx.load(graph).metadata_props}

@@ -250,7 +250,7 @@ def test_with_onnxruntimes_dynamic_quantisation_neighbours_matter(
         inputs: dict[str, Any] = {
             f"state.{name}": np.repeat(a, 4, axis=0) for name, a in encoder.initial.items()
         }
-        inputs |= {"window": window, "right_context": np.array(4, np.int64)}
+        inputs |= {"window": window, "right_context": np.array(4, np.int64), "rows": np.arange(4)}
         return run(path, inputs)[0][0]
 
     ours = [first(pair[2] / "encoder.onnx", window) for window in (x, others)]

@@ -1,0 +1,150 @@
+"""Where the encoder's states of all streams lie: one array for each state, a row for each stream.
+
+A row stays where it is for as long as its stream lives. States that are rings (most of the bytes:
+the attention's keys and values) are read there by the graph, and a step writes its own frames into
+them, so nothing is gathered or copied for whoever shares a batch, and memory is flat: a row per
+stream, used again by the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loquent.engine.bundle import PROCESSED, StateSpec
+from loquent.engine.session import Array, State
+
+_FIRST = 8  # rows to begin with; there are as many again whenever they run out
+
+
+class Slot:
+    """One stream's state: its row, which is free again once the slot is gone.
+
+    ``Pool.fresh`` is that of every new stream and has no row yet.
+    """
+
+    __slots__ = ("__weakref__", "_pool", "row")
+
+    def __init__(self, pool: Pool, row: int | None) -> None:
+        self._pool, self.row = pool, row
+
+    def __del__(self) -> None:
+        if self.row is not None:
+            self._pool._free.append(self.row)  # atomic: the last owner may be any thread
+
+    def state(self) -> State:
+        """A copy, as a batch of one."""
+        return self._pool.read([self])
+
+    def fork(self) -> Slot:
+        """The same state in a row of its own."""
+        return self if self.row is None else self._pool.put(self.state())
+
+
+class Pool:
+    """The states of all streams of one encoder. For the thread that runs the encoder.
+
+    Args:
+        specs: of the states.
+    """
+
+    def __init__(self, specs: Sequence[StateSpec]) -> None:
+        self._specs = specs
+        self._rings = {spec.name: spec for spec in specs if spec.ring is not None}
+        self._arrays: State = {}
+        self._free: list[int] = []
+        self._size = 0
+        self.fresh = Slot(self, None)
+
+    @property
+    def used(self) -> int:
+        """Rows that belong to a stream."""
+        return self._size - len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a row."""
+        return sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in self._specs)
+
+    def own(self, slots: Sequence[Slot]) -> list[Slot]:
+        """The same with a row for each that has none."""
+        return [self._new() if slot.row is None else slot for slot in slots]
+
+    def put(self, state: Mapping[str, Array]) -> Slot:
+        """A new row with this state, a batch of one."""
+        slot = self._new()
+        for name, array in self._arrays.items():
+            array[slot.row] = state[name][0]
+        return slot
+
+    def read(self, slots: Sequence[Slot]) -> State:
+        """Copies of these streams' states, batch first."""
+        rows = self.rows(self.own(slots)) if slots else np.zeros(0, np.int64)
+        return {name: array[rows] for name, array in self._arrays.items()}
+
+    def inputs(self, rows: NDArray[np.int64]) -> State:
+        """For the graph: rings as they lie, the other states of these rows as a batch."""
+        return {
+            name: array if name in self._rings else array[rows]
+            for name, array in self._arrays.items()
+        }
+
+    def write(self, rows: NDArray[np.int64], following: Mapping[str, Array]) -> None:
+        """What came out of the graph: frames to go into the rings, and the next other states."""
+        before = self._arrays[PROCESSED][rows] if self._rings else rows
+        for name, array in self._arrays.items():
+            if ring := self._rings.get(name):
+                write_ring(ring, array, rows, before, following)
+            else:
+                array[rows] = following[name]
+
+    @staticmethod
+    def rows(slots: Sequence[Slot]) -> NDArray[np.int64]:
+        """Their rows, (B,)."""
+        return np.array([slot.row for slot in slots], np.int64)
+
+    def _new(self) -> Slot:
+        if not self._free:
+            self._grow()
+        slot = Slot(self, self._free.pop())
+        for spec in self._specs:
+            self._arrays[spec.name][slot.row] = spec.init
+        return slot
+
+    def _grow(self) -> None:
+        size = max(_FIRST, 2 * self._size)
+        for spec in self._specs:
+            array = np.zeros((size, *spec.shape), spec.dtype)
+            if self._size:
+                array[: self._size] = self._arrays[spec.name]
+            self._arrays[spec.name] = array
+        self._free += range(size - 1, self._size - 1, -1)
+        self._size = size
+
+
+def write_ring(
+    spec: StateSpec,
+    array: Array,
+    rows: NDArray[np.int64],
+    before: NDArray[np.int64],
+    following: Mapping[str, Array],
+) -> None:
+    """Write a window's frames, but for its right context's, to where they belong.
+
+    Args:
+        spec: of the ring.
+        array: (P, ...), its rows.
+        rows: (B,) that are meant.
+        before: (B,) ``processed_frames`` before the window.
+        following: what the graph gave out.
+    """
+    assert spec.ring is not None, "a ring"
+    axis = spec.ring + 1
+    length = array.shape[axis]
+    count = int((following[PROCESSED] - before)[0]) // spec.every
+    first = max(0, count - length)  # no more fit
+    slots = (before[:, None] // spec.every + np.arange(first, count)) % length
+    rings, found = np.moveaxis(array, axis, 1), np.moveaxis(following[spec.name], axis, 1)
+    rings[rows[:, None], slots] = found[:, first:count]
