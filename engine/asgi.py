@@ -5,28 +5,31 @@
 or under hypercorn, or in a replica of Ray Serve (`loquent.clients.ray_app`). A WebSocket is one
 session here as well, and lives in one process. What belongs to the socket is the ASGI server's:
 TLS, the size of messages (uvicorn: ``--ws-max-size``), and how long it waits at shutdown
-(``--timeout-graceful-shutdown``). Files sent with POST are not taken.
+(``--timeout-graceful-shutdown``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
 from websockets.http11 import Response
 
-from loquent.engine import web
+from loquent.engine import upload, web
 from loquent.engine.driver import Gone, Session
 from loquent.engine.host import Host, Opened, ServerConfig
 from loquent.engine.metrics import CONTENT_TYPE
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.dispatch import is_wire
 from loquent.engine.wire.session import Refused
+
+logger = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -60,7 +63,7 @@ class App:
         self.host.stop()
         try:
             async with asyncio.timeout(self.host.config.drain_timeout):
-                while self.host.sessions:  # noqa: ASYNC110  they end in many places
+                while self.host.sessions or self.host.files:  # noqa: ASYNC110  they end in many places
                     await asyncio.sleep(0.02)
         except TimeoutError:
             self.host.abort()
@@ -91,13 +94,10 @@ class App:
 
     async def _websocket(self, scope: Scope, receive: Receive, send: SendMessage) -> None:
         await receive()  # websocket.connect
-        target = quote(scope["path"])
-        if query := scope.get("query_string", b""):
-            target += "?" + query.decode("latin-1")
         try:
             if not is_wire(scope["path"]):
                 raise Refused(HTTPStatus.NOT_FOUND, "There is no WebSocket here.")
-            opened = self.host.open(_peer(scope), target, _headers(scope))
+            opened = self.host.open(_peer(scope), _target(scope), _headers(scope))
             await self.host.admit(opened)
         except Refused as refused:
             await _refuse(scope, send, refused)
@@ -121,6 +121,9 @@ class App:
         await socket.close(1000, "")
 
     async def _http(self, scope: Scope, receive: Receive, send: SendMessage) -> None:
+        if scope["method"] == "POST":
+            await self._post(scope, receive, send)
+            return
         head = scope["method"] == "HEAD"
         if scope["method"] not in ("GET", "HEAD"):
             response = web.respond_text(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET works here.")
@@ -139,6 +142,39 @@ class App:
         else:
             response = web.static_file(self.host.config.page, quote(scope["path"]), head=head)
         await _respond(send, response, "http.response")
+
+    async def _post(self, scope: Scope, receive: Receive, send: SendMessage) -> None:
+        async def body() -> AsyncIterator[bytes]:
+            more = True
+            while more:
+                async with asyncio.timeout(self.host.config.idle_timeout):
+                    message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise upload.Gone("closed before the request was whole")
+                yield bytes(message.get("body", b""))
+                more = message.get("more_body", False)
+
+        async def left() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        request = upload.Request(
+            peer=_peer(scope),
+            method=scope["method"],
+            target=_target(scope),
+            headers=_headers(scope),
+            body=body(),
+            left=left,
+        )
+        try:
+            answer = await upload.transcribe(self.host, request)
+        except upload.Gone as exc:
+            logger.info("an upload from %s broke off: %s", request.peer, exc)
+            return
+        headers = [(n.lower().encode(), v.encode("latin-1")) for n, v in answer.headers.items()]
+        start = {"type": "http.response.start", "status": answer.status.value, "headers": headers}
+        await send(start)
+        await send({"type": "http.response.body", "body": answer.body})
 
 
 class _Socket:
@@ -199,6 +235,12 @@ def _headers(scope: Scope) -> dict[str, str]:
         name, text = raw.decode("latin-1").lower(), value.decode("latin-1")
         headers[name] = f"{headers[name]}, {text}" if name in headers else text
     return headers
+
+
+def _target(scope: Scope) -> str:
+    target = quote(scope["path"])
+    query = scope.get("query_string", b"")
+    return f"{target}?{query.decode('latin-1')}" if query else target
 
 
 def _peer(scope: Scope) -> str:

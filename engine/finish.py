@@ -172,6 +172,11 @@ class Finishing:
         return text
 
 
+def has_finisher(language: str) -> bool:
+    """Whether there is one for a language."""
+    return (files("loquent.engine") / _FOLDER / f"{language}.npz").is_file()
+
+
 @cache
 def finisher(language: str) -> Finisher:
     """As :meth:`Finisher.load`, once for each language."""

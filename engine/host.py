@@ -20,6 +20,7 @@ from loquent.engine.admission import Line
 from loquent.engine.auth import Keys, same_key
 from loquent.engine.batcher import MAX_BATCH, Batcher
 from loquent.engine.errors import SnapshotError
+from loquent.engine.finish import has_finisher
 from loquent.engine.gate import Gate, Visitor
 from loquent.engine.handover import Folder
 from loquent.engine.limits import Limits
@@ -128,6 +129,7 @@ class Host:
             trusted_proxies=self.config.trusted_proxies,
             local=web.is_loopback(self.config.host),
         )
+        self._finishes = any(has_finisher(code) for code in list(recognizer.bundle.languages)[:1])
         self.sessions: set[Session] = set()
         self._by_token: dict[str, Session] = {}
         # Connections that come to resume and have no place of their own, by the names of their
@@ -135,7 +137,7 @@ class Host:
         self._arriving: dict[str, Session | None] = {}
         self._restored: set[asyncio.Task[None]] = set()
         self.folder = Folder(self.config.snapshots) if self.config.snapshots else None
-        self._files = 0  # that are being transcribed
+        self.files = 0  # that are being transcribed
         self.draining = False
 
     async def __aenter__(self) -> Host:
@@ -181,6 +183,8 @@ class Host:
             languages=bundle.languages,
             chunks_ms=bundle.chunks_ms,
             now=time.time(),
+            finishes=self._finishes,
+            spells=self.recognizer.can_spell,
         )
         wire = open_session(handshake, context, bare=self.config.bare)
         return Opened(
@@ -328,16 +332,16 @@ class Host:
             self.metrics.refuse(refused.status)
             raise
         with self._gate.seat(visitor):
-            self._files += 1
+            self.files += 1
             try:
                 yield
             finally:
-                self._files -= 1
+                self.files -= 1
 
     @property
     def connected(self) -> int:
         """How many sessions have a client just now."""
-        return self._files + sum(not session.parked for session in self.sessions)
+        return self.files + sum(not session.parked for session in self.sessions)
 
     def keep(self, session: Session) -> str:
         """A new token that stands for the session, until `forget`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,11 +130,7 @@ class HotwordGraph:
                 f"got {len(self.hotwords)} hotwords, expected at most {MAX_PHRASES}; leave out "
                 "those that the model knows anyway"
             )
-        # Byte pieces and control symbols spell nothing that a phrase could hold.
-        self._texts = [
-            "" if i == blank or (p.startswith("<") and p.endswith(">")) else p.lower()
-            for i, p in enumerate(pieces)
-        ]
+        self._texts = spoken_texts(pieces, blank)
         self._starts = np.array([text.startswith(WORD_START) for text in self._texts])
         self._spoken = np.array([bool(text) for text in self._texts])
         self._by_character: dict[str, list[int]] = {}
@@ -149,7 +145,7 @@ class HotwordGraph:
         words: set[str] = set()
         crowd = _crowd(len(self.hotwords))
         for hotword in self.hotwords:
-            spelling, count = self._spell(hotword, texts)
+            spelling, count = spell(hotword.phrase, texts)
             words.update(spelling.split(WORD_START)[1:])
             self._add(spelling, crowd * hotword.boost * count / len(spelling))
         self.words = frozenset(words)
@@ -229,27 +225,6 @@ class HotwordGraph:
                 return node, after
         return 0, 0
 
-    def _spell(self, hotword: Hotword, texts: set[str]) -> tuple[str, int]:
-        wrong = next(
-            (
-                c
-                for c in hotword.phrase
-                if not (c.isspace() or c in _SILENT or unicodedata.category(c)[0] in "LMN")
-            ),
-            None,
-        )
-        words = normalise(hotword.phrase).split()
-        spelling = "".join(WORD_START + word for word in words)
-        if wrong is None and (count := _pieces(spelling, texts)):
-            return spelling, count
-        known = set("".join(texts))
-        wrong = wrong or next((c for c in spelling if c not in known), None)
-        what = f"the character {wrong!r}" if wrong else "these characters together"
-        raise ConfigError(
-            f"got the hotword {hotword.phrase!r}, but this model cannot spell {what}; write it as "
-            "it is said, with the letters of the model's language"
-        )
-
     def _add(self, spelling: str, credit: float) -> None:
         node = 0
         for depth, character in enumerate(spelling, 1):
@@ -280,7 +255,42 @@ class HotwordGraph:
             level = below
 
 
-def _pieces(spelling: str, texts: set[str]) -> int:
+def spoken_texts(pieces: Sequence[str], blank: int) -> list[str]:
+    """What each piece says of a phrase: byte pieces and control symbols nothing."""
+    return [
+        "" if i == blank or (p.startswith("<") and p.endswith(">")) else p.lower()
+        for i, p in enumerate(pieces)
+    ]
+
+
+def spell(phrase: str, texts: Set[str]) -> tuple[str, int]:
+    """A phrase as pieces write it, and the least number of pieces that it takes.
+
+    Raises:
+        ConfigError: these pieces cannot.
+    """
+    wrong = next(
+        (
+            c
+            for c in phrase
+            if not (c.isspace() or c in _SILENT or unicodedata.category(c)[0] in "LMN")
+        ),
+        None,
+    )
+    words = normalise(phrase).split()
+    spelling = "".join(WORD_START + word for word in words)
+    if wrong is None and (count := _pieces(spelling, texts)):
+        return spelling, count
+    known = set("".join(texts))
+    wrong = wrong or next((c for c in spelling if c not in known), None)
+    what = f"the character {wrong!r}" if wrong else "these characters together"
+    raise ConfigError(
+        f"got the hotword {phrase!r}, but this model cannot spell {what}; write it as "
+        "it is said, with the letters of the model's language"
+    )
+
+
+def _pieces(spelling: str, texts: Set[str]) -> int:
     """The least number of pieces that spell it, 0 if none do."""
     longest = max(map(len, texts), default=0)
     least: list[float] = [0.0] + [math.inf] * len(spelling)

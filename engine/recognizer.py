@@ -21,7 +21,7 @@ from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Final
 from loquent.engine.finish import Finishing, finisher
-from loquent.engine.hotwords import Hotword, HotwordGraph
+from loquent.engine.hotwords import Hotword, HotwordGraph, spell, spoken_texts
 from loquent.engine.pool import Pool
 from loquent.engine.session import Device
 from loquent.engine.stream import Stream, as_float32
@@ -172,6 +172,18 @@ class Recognizer:
     def pool(self) -> Pool:
         """Where the encoder's states of its streams are."""
         return self._encoder.pool
+
+    def can_spell(self, phrase: str) -> bool:
+        """Whether the model can spell a phrase, so that it may be a hotword. For any thread."""
+        try:
+            spell(phrase, self._texts)
+        except ConfigError:
+            return False
+        return True
+
+    @cached_property
+    def _texts(self) -> frozenset[str]:
+        return frozenset(spoken_texts(self.bundle.tokens, self.bundle.blank)) - {""}
 
     def snapshot(self, stream: Stream) -> bytes:
         """A stream as bytes, between two steps: see `loquent.engine.snapshot`.

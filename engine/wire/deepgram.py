@@ -16,8 +16,10 @@
     Final, end + Ended           -> Results is_final, speech_final; Metadata; close
     silence after the last word  -> UtteranceEnd (utterance_end_ms)
 
-Options come in the query; those that we do not know are accepted, logged and listed as warnings in
-Metadata. Options that cannot be met, such as an encoding, refuse the handshake with dg-error.
+With punctuate or smart_format finals are finished (casing, punctuation, digits) where there is a
+finisher for the language; interim results never are. Options come in the query; those that we do
+not know are accepted, logged and listed as warnings in Metadata. Options that cannot be met, such
+as an encoding, refuse the handshake with dg-error.
 """
 
 from __future__ import annotations
@@ -27,13 +29,12 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 from loquent.engine.batcher import Marked
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
-from loquent.engine.hotwords import MAX_PHRASES
 from loquent.engine.protocol import (
     Audio,
     Code,
@@ -45,7 +46,7 @@ from loquent.engine.protocol import (
     WireError,
     as_wire_error,
 )
-from loquent.engine.wire.deepgram_options import Options, hotwords
+from loquent.engine.wire.deepgram_options import Options, keyterms
 from loquent.engine.wire.pcm import PcmReader, read_wav_head
 from loquent.engine.wire.session import (
     Action,
@@ -60,6 +61,7 @@ from loquent.engine.wire.session import (
     WireSession,
     read_json,
 )
+from loquent.engine.wire.written import written
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,12 @@ class DeepgramSession(WireSession):
             (name for name in handshake.subprotocols if name.lower() in ("token", "bearer")), None
         )
         try:
-            self._options = Options.parse(handshake.query, context.languages)
+            self._options = Options.parse(
+                handshake.query,
+                context.languages,
+                finishes=context.finishes,
+                spells=context.spells,
+            )
         except ValueError as exc:
             raise Refused(
                 HTTPStatus.BAD_REQUEST, str(exc), {**self.headers, "dg-error": str(exc)}
@@ -95,6 +102,8 @@ class DeepgramSession(WireSession):
             logger.info(
                 "session %s: not supported here: %s", self._id, ", ".join(self._options.unused)
             )
+        self._finishes = self._options.punctuate and context.finishes
+        self._spells = context.spells
         self._reader: PcmReader | None = None
         self._head = b""  # of a wav file, while it is not whole
         self._ending = False
@@ -134,7 +143,7 @@ class DeepgramSession(WireSession):
             case "KeepAlive":
                 return ()
             case "Finalize" if self._reader is None:
-                return [self._results((), 0.0, final=True, speech_final=False, finalize=True)]
+                return [self._results(None, 0.0, final=True, speech_final=False, finalize=True)]
             case "Finalize":
                 return [Finalize()]
             case "CloseStream":
@@ -177,23 +186,22 @@ class DeepgramSession(WireSession):
             sample_rate=sample_rate,
             encoding=reader.encoding,
             hotwords=self._options.hotwords or None,
+            finish=self._finishes or None,
         )
         return [Open(start=start, endpoint=self._options.endpoint)]
 
-    def _configure(self, keyterms: object) -> list[Action]:
+    def _configure(self, phrases: object) -> list[Action]:
         about = {"request_id": self._id}
         try:
-            if self._reader is None or not isinstance(keyterms, list):
+            if self._reader is None or not isinstance(phrases, list):
                 raise ValueError("expected a list of keyterms, once there is audio")
-            phrases = hotwords(keyterms[: MAX_PHRASES + 1])
-            if len(phrases) > MAX_PHRASES:
-                raise ValueError(f"got more than {MAX_PHRASES} keyterms")
+            found = keyterms(phrases, self._spells)
         except ValueError as exc:
             code = "CONFIGURE_INTERNAL_ERROR"
             failure = {"type": "ConfigureFailure", **about, "code": code, "description": str(exc)}
             return [_send(failure)]
-        success = {"type": "ConfigureSuccess", **about, "keyterms": keyterms}
-        return [_send(success), SetHotwords(hotwords=phrases)]
+        success = {"type": "ConfigureSuccess", **about, "keyterms": phrases}
+        return [_send(success), SetHotwords(hotwords=found)]
 
     def _audio(self, data: bytes) -> list[Action]:
         self._digest.update(data)
@@ -237,7 +245,7 @@ class DeepgramSession(WireSession):
     def _interim(self, event: Partial) -> list[Action]:
         if not self._options.interim_results:
             return []
-        return [self._results(event.words, max(event.end, self._settled))]
+        return [self._results(event, max(event.end, self._settled))]
 
     def _final(self, event: Final) -> list[Action]:
         said = self._began(event)
@@ -248,13 +256,12 @@ class DeepgramSession(WireSession):
         over = event.reason == "endpoint"
         self._speaking = not over
         end = max(event.end, self._settled)
-        return [*said, self._results(event.words, end, final=True, speech_final=over)]
+        return [*said, self._results(event, end, final=True, speech_final=over)]
 
     def _flushed(self, position: float, *, finalize: bool = False) -> Send:
         held, self._held = self._held, None
         spoke, self._speaking = self._speaking, False
-        words = held.words if held else ()
-        return self._results(words, position, final=True, speech_final=spoke, finalize=finalize)
+        return self._results(held, position, final=True, speech_final=spoke, finalize=finalize)
 
     def _utterance_end(self, now: float) -> list[Action]:
         silence, last = self._options.utterance_end, self._word_end
@@ -272,7 +279,7 @@ class DeepgramSession(WireSession):
             {
                 "parameter": name,
                 "type": "unsupported",
-                "message": "This server does not know this parameter; it was ignored.",
+                "message": "This server cannot do this; it was ignored.",
             }
             for name in self._options.unused
         ]
@@ -293,7 +300,7 @@ class DeepgramSession(WireSession):
 
     def _results(
         self,
-        words: Sequence[Word],
+        said: Partial | Final | None,
         end: float,
         *,
         final: bool = False,
@@ -303,11 +310,15 @@ class DeepgramSession(WireSession):
         start = self._settled
         if final:
             self._settled = end
+        words = said.words if said else ()
         confidence = sum(word.confidence for word in words) / len(words) if words else 0.0
+        shown = [(word, word.text) for word in words]
+        if self._finishes and isinstance(said, Final):
+            shown = written(words, said.text)
         alternative = {
-            "transcript": " ".join(word.text for word in words),
+            "transcript": " ".join(text for _, text in shown),
             "confidence": round(confidence, 6),
-            "words": [self._word(word) for word in words],
+            "words": [self._word(word, text) for word, text in shown],
         }
         return _send(
             {
@@ -327,14 +338,14 @@ class DeepgramSession(WireSession):
             }
         )
 
-    def _word(self, word: Word) -> dict[str, Any]:
+    def _word(self, word: Word, text: str) -> dict[str, Any]:
         fields = {
             "word": word.text,
             "start": round(word.start, 3),
             "end": round(word.end, 3),
             "confidence": round(word.confidence, 6),
         }
-        return {**fields, "punctuated_word": word.text} if self._options.punctuate else fields
+        return {**fields, "punctuated_word": text} if self._options.punctuate else fields
 
     def _schema_error(self, message: str, description: str) -> Send:
         fields = {"type": "Error", "variant": "SchemaError", "description": description}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from loquent.engine.endpoint import EndpointRules
 from loquent.engine.hotwords import Hotword
 from loquent.engine.recognizer import DEFAULT_ENDPOINT
 from loquent.engine.stream import MAX_RATE, MIN_RATE
 from loquent.engine.wire.pcm import MAX_CHANNELS, Raw
+from loquent.engine.wire.phrases import MAX_PHRASES, hotwords
 
 Query = Mapping[str, tuple[str, ...]]
 
@@ -57,6 +58,7 @@ class Options:
         endpoint: when a result is speech_final.
         hotwords: of keyterm, and of keywords without their ``:boost``, which is no measure of ours.
         utterance_end: seconds, 0 for no UtteranceEnd.
+        punctuate: finals are finished, and words have a punctuated_word.
         unused: names of options that change nothing here, though a client may count on them.
     """
 
@@ -72,8 +74,15 @@ class Options:
     unused: tuple[str, ...]
 
     @classmethod
-    def parse(cls, query: Query, languages: Collection[str]) -> Options:
-        """Raises ValueError for what cannot be met."""
+    def parse(
+        cls,
+        query: Query,
+        languages: Collection[str],
+        *,
+        finishes: bool,
+        spells: Callable[[str], bool],
+    ) -> Options:
+        """`finishes`, `spells`: see `Context`. Raises ValueError for what cannot be met."""
         encoding = _last(query, "encoding")
         if encoding is not None and encoding not in _ENCODINGS:
             raise ValueError(
@@ -93,6 +102,15 @@ class Options:
             for name, values in query.items()
             if name not in _USED | _HARMLESS and set(values) != {"false"}
         }
+        written = [name for name in ("punctuate", "smart_format") if _flag(query, name)]
+        if written and finishes:
+            unused.discard("numerals")  # which come with them
+        elif written:
+            unused.update(written)
+        terms = [*query.get("keyterm", ())]
+        terms += [word.partition(":")[0] for word in query.get("keywords", ())]
+        phrases, unknown = hotwords(terms, spells)
+        unused.update(f"keyterm={phrase}" for phrase in unknown)
         if utterance_end and not interim:
             raise ValueError("utterance_end_ms needs interim_results=true")
         return cls(
@@ -101,27 +119,25 @@ class Options:
             channels=int(_number(query, "channels", 1, 1, MAX_CHANNELS)),
             interim_results=interim,
             endpoint=_endpoint(query),
-            hotwords=hotwords(
-                [
-                    *query.get("keyterm", ()),
-                    *(word.partition(":")[0] for word in query.get("keywords", ())),
-                ]
-            ),
+            hotwords=phrases,
             utterance_end=utterance_end,
             vad_events=_flag(query, "vad_events"),
-            punctuate=_flag(query, "punctuate") or _flag(query, "smart_format"),
+            punctuate=bool(written),
             unused=tuple(sorted(name[:40] for name in unused)),
         )
 
 
-def hotwords(phrases: Iterable[object]) -> tuple[Hotword, ...]:
-    """Phrases to expect. Raises ValueError."""
-    found = []
+def keyterms(phrases: Sequence[object], spells: Callable[[str], bool]) -> tuple[Hotword, ...]:
+    """Those of a message. Raises ValueError."""
+    if len(phrases) > MAX_PHRASES:
+        raise ValueError(f"got {len(phrases)} keyterms, expected at most {MAX_PHRASES}")
     for phrase in phrases:
         if not isinstance(phrase, str):
             raise ValueError(f"got {phrase!a:.40} among the keyterms, expected a phrase")
-        found.append(Hotword(phrase=phrase))
-    return tuple(found)
+    found, unknown = hotwords([str(phrase) for phrase in phrases], spells)
+    if unknown:
+        raise ValueError(f"got the keyterm {unknown[0]!a:.40}, which this model cannot spell")
+    return found
 
 
 def _endpoint(query: Query) -> EndpointRules:

@@ -39,6 +39,7 @@ from loquent.engine.protocol import (
     End,
     Finalize,
     Progress,
+    SetHotwords,
     Start,
     WireError,
     as_wire_error,
@@ -92,7 +93,11 @@ class OpenAiSession(WireSession):
         self._beta = "realtime=v1" in handshake.headers.get("openai-beta", "")
         self.subprotocol = "realtime" if "realtime" in handshake.subprotocols else None
         model = (handshake.query.get("model") or ("",))[-1]
-        self._config = Config(model=model or context.bundle, languages=tuple(context.languages))
+        self._config = Config(
+            model=model or context.bundle,
+            languages=tuple(context.languages),
+            spells=context.spells,
+        )
         self._chunks = tuple(context.chunks_ms)
         self._reader: PcmReader | None = None
         self._events = 0
@@ -191,10 +196,12 @@ class OpenAiSession(WireSession):
         config = self._config.updated(session)
         if self._reader is not None and config.format != self._config.format:
             raise SettingError("format", "the audio format cannot change after the first append")
+        changed = self._reader is not None and config.hotwords != self._config.hotwords
         self._config = config
         if config.unused:
             logger.info("session %s: not supported here: %s", self._id, ", ".join(config.unused))
-        return [self._send(f"{kind}d", session=self._session())]
+        updated = self._send(f"{kind}d", session=self._session())
+        return [updated, *([SetHotwords(hotwords=config.hotwords)] if changed else [])]
 
     def _append(self, audio: object) -> list[Action]:
         try:
@@ -207,7 +214,11 @@ class OpenAiSession(WireSession):
         if self._reader is None:
             raw, rate = self._config.format
             self._reader = PcmReader(raw)
-            start = Start(sample_rate=rate, chunk_ms=self._config.chunk_ms(self._chunks))
+            start = Start(
+                sample_rate=rate,
+                chunk_ms=self._config.chunk_ms(self._chunks),
+                hotwords=self._config.hotwords or None,
+            )
             opening = [Open(start=start, endpoint=self._config.endpoint)]
         return [*opening, Audio(pcm=self._reader.accept(data))]
 

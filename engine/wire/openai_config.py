@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from loquent.engine.endpoint import EndpointRules
+from loquent.engine.errors import ConfigError
+from loquent.engine.hotwords import Hotword
 from loquent.engine.protocol import WireError
 from loquent.engine.recognizer import DEFAULT_ENDPOINT
 from loquent.engine.stream import MAX_RATE, MIN_RATE
 from loquent.engine.wire.pcm import Raw
+from loquent.engine.wire.phrases import MAX_PHRASES, hotwords, listed
 
 # A wait for better text means longer chunks.
 _DELAYS = {"minimal": 80.0, "low": 160.0, "medium": 320.0, "high": 640.0, "xhigh": 1280.0}
@@ -19,6 +22,7 @@ _DELAYS = {"minimal": 80.0, "low": 160.0, "medium": 320.0, "high": 640.0, "xhigh
 _EAGERNESS = {"low": 1.6, "medium": 0.8, "auto": 0.8, "high": 0.4}
 # Silence is what the decoder hears as blank; it hears some between the tokens of one word.
 MIN_SILENCE = 0.2
+MAX_PROMPT = 10_000  # characters
 _BETA_FORMATS = {"pcm16": "audio/pcm", "g711_ulaw": "audio/pcmu", "g711_alaw": "audio/pcma"}
 _RAW: Mapping[str, Raw] = {"audio/pcm": "s16le", "audio/pcmu": "mulaw", "audio/pcma": "alaw"}
 LOGPROBS = "item.input_audio_transcription.logprobs"
@@ -39,6 +43,9 @@ class Config:
 
     Attributes:
         languages: those that may be asked for.
+        spells: see `Context`.
+        keywords, prompt: as given.
+        hotwords: those of both, of the prompt where it is a list.
         turns: "server_vad" or "semantic_vad", None where the client commits.
         silence: seconds that end a turn; None for the server's own rule.
         unused: settings of the last update that change nothing here.
@@ -46,6 +53,7 @@ class Config:
 
     model: str
     languages: tuple[str, ...]
+    spells: Callable[[str], bool] = bool
     language: str | None = None
     kind: str = "audio/pcm"
     rate: int = 24000
@@ -54,6 +62,9 @@ class Config:
     eagerness: str = "auto"
     prefix_padding: float = 0.3
     delay: str | None = None
+    keywords: tuple[str, ...] = ()
+    prompt: str = ""
+    hotwords: tuple[Hotword, ...] = ()
     logprobs: bool = False
     unused: tuple[str, ...] = ()
 
@@ -104,7 +115,13 @@ class Config:
 
     def describe(self, *, beta: bool) -> dict[str, Any]:
         """The session as the client is told of it."""
-        transcription = {"model": self.model, "language": self.language, "delay": self.delay}
+        transcription = {
+            "model": self.model,
+            "language": self.language,
+            "delay": self.delay,
+            **({"keywords": list(self.keywords)} if self.keywords else {}),
+            **({"prompt": self.prompt} if self.prompt else {}),
+        }
         include = [LOGPROBS] if self.logprobs else []
         more = {"unsupported": list(self.unused)} if self.unused else {}
         if beta:
@@ -159,6 +176,22 @@ class Config:
             changes["language"] = code or None
         if (delay := about.get("delay")) is not None:
             changes["delay"] = _choice(delay, "delay", _DELAYS)
+        keywords, prompt = self.keywords, self.prompt
+        if (given := about.get("keywords")) is not None:
+            keywords = _keywords(given)
+        if (given := about.get("prompt")) is not None:
+            prompt = _string(given, "prompt", MAX_PROMPT)
+            if prompt and not listed(prompt):
+                unused.add("transcription.prompt")
+        if (keywords, prompt) != (self.keywords, self.prompt):
+            changes |= {"keywords": keywords, "prompt": prompt}
+            try:
+                changes["hotwords"], unknown = hotwords(
+                    [*keywords, *listed(prompt)][:MAX_PHRASES], self.spells
+                )
+            except ConfigError as exc:
+                raise SettingError("keywords", str(exc)) from exc
+            unused |= {f"the phrase {phrase}" for phrase in unknown}
         return changes
 
 
@@ -176,7 +209,7 @@ _SESSION = {
     "input_audio_noise_reduction",
 }
 _INPUT = {"format", "transcription", "turn_detection", "noise_reduction"}
-_TRANSCRIPTION = {"model", "language", "delay"}
+_TRANSCRIPTION = {"model", "language", "delay", "keywords", "prompt"}
 _BETA_NAMES = {
     "input_audio_format": "format",
     "input_audio_transcription": "transcription",
@@ -193,10 +226,18 @@ def _object(value: object, name: str) -> Json:
     return value
 
 
-def _string(value: object, name: str) -> str:
+def _string(value: object, name: str, most: int = 100) -> str:
     if not isinstance(value, str):
         raise SettingError(name, f"got {value!a:.40}, expected a string")
-    return value[:100]
+    return value[:most]
+
+
+def _keywords(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > MAX_PHRASES:
+        raise SettingError(
+            "keywords", f"got {value!a:.40}, expected a list of at most {MAX_PHRASES} phrases"
+        )
+    return tuple(_string(phrase, "keywords") for phrase in value)
 
 
 def _choice(value: object, name: str, choices: Collection[str]) -> str:

@@ -148,6 +148,8 @@ class Context:
         bundle: the bundle's name.
         languages, chunks_ms: those of the bundle.
         now: seconds since 1970 at the handshake.
+        finishes: there is a finisher for the language.
+        spells: whether the model can spell a phrase, so that it may be a hotword.
     """
 
     session: str
@@ -155,6 +157,8 @@ class Context:
     languages: Collection[str] = ()
     chunks_ms: Collection[float] = ()
     now: float = 0.0
+    finishes: bool = False
+    spells: Callable[[str], bool] = bool
 
 
 class WireSession(ABC):

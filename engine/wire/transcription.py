@@ -17,15 +17,19 @@ from typing import Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from loquent.engine.errors import ConfigError
 from loquent.engine.events import Final
+from loquent.engine.hotwords import Hotword
 from loquent.engine.subtitles import srt, vtt
+from loquent.engine.wire.phrases import MAX_PHRASES, hotwords, listed
 from loquent.engine.wire.session import Refused
 
 PATH = "/v1/audio/transcriptions"
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 MAX_FIELD = 10_000  # bytes of a field that is not the file
-MAX_PARTS = 32
+MAX_PARTS = 128
 _USED = {"file", "model", "language", "response_format", "timestamp_granularities[]"}
+_KEYWORDS = ("keywords[]", "keywords")
 
 
 class MultipartForm:
@@ -130,6 +134,7 @@ class Options:
     Attributes:
         kind: one of `FORMATS`.
         words, segments: what verbose_json has times of.
+        hotwords: of the keywords, and of a prompt that is a list.
         ignored: fields that change nothing here.
     """
 
@@ -137,11 +142,17 @@ class Options:
     words: bool = False
     segments: bool = True
     language: str | None = None
+    hotwords: tuple[Hotword, ...] = ()
     ignored: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, fields: Mapping[str, Sequence[str]], languages: Collection[str]) -> Options:
-        """Raises Refused for what cannot be met."""
+    def parse(
+        cls,
+        fields: Mapping[str, Sequence[str]],
+        languages: Collection[str],
+        spells: Callable[[str], bool] = bool,
+    ) -> Options:
+        """`spells`: see `Context`. Raises Refused for what cannot be met."""
         kind = (fields.get("response_format") or ["json"])[-1]
         if kind not in FORMATS:
             raise _bad(
@@ -157,18 +168,29 @@ class Options:
         if (fields.get("stream") or ["false"])[-1].lower() == "true":
             raise _bad("got stream=true; use the WebSocket at /v1/realtime for that", "stream")
         wanted = fields.get("timestamp_granularities[]") or ["segment"]
+        prompt = (fields.get("prompt") or [""])[-1]
+        keywords = [phrase for name in _KEYWORDS for phrase in fields.get(name, ())]
+        try:
+            known, unknown = hotwords([*keywords, *listed(prompt)][:MAX_PHRASES], spells)
+        except ConfigError as exc:
+            raise _bad(str(exc), "keywords") from exc
+        ignored = fields.keys() - _USED - {"stream", "prompt", *_KEYWORDS}
+        ignored |= {f"the phrase {phrase}" for phrase in unknown}
+        if prompt and not listed(prompt):
+            ignored.add("prompt")
         return cls(
             kind=kind,
             words="word" in wanted,
             segments="segment" in wanted,
             language=language or next(iter(languages), None),
-            ignored=tuple(sorted(name[:40] for name in fields.keys() - _USED - {"stream"})),
+            hotwords=known,
+            ignored=tuple(sorted(name[:40] for name in ignored)),
         )
 
     @property
     def report(self) -> str:
         """The ignored fields, as a header can hold them."""
-        return ", ".join(name.encode("ascii", "backslashreplace").decode() for name in self.ignored)
+        return ", ".join(name.encode("unicode_escape").decode() for name in self.ignored)
 
     def render(self, finals: Sequence[Final], duration: float) -> tuple[str, str]:
         """The body of the answer, and its content type."""

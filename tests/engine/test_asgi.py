@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import Callable, MutableMapping
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
+import soundfile
 from numpy.typing import NDArray
 
 from loquent.clients.client import connect
@@ -17,6 +20,7 @@ from loquent.engine.events import Ended, Event, Final
 from loquent.engine.host import ServerConfig
 from loquent.engine.protocol import END, Start
 from loquent.engine.recognizer import Recognizer
+from loquent.engine.wire.transcription import PATH
 
 Float32 = NDArray[np.float32]
 Message = MutableMapping[str, Any]
@@ -123,8 +127,77 @@ async def test_under_uvicorn(tiny: Recognizer, tones: Callable[..., Float32]) ->
         await session.send(pcm[30000:])
         await session.end()
         events = [event async for event in session]
+    request = Request(
+        f"http://127.0.0.1:{port}{PATH}",
+        form(tones(SPEECH)),
+        {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"},
+    )
+    with await asyncio.to_thread(urlopen, request) as answer:
+        finals = [event.text for event in events if isinstance(event, Final)]
+        assert json.load(answer)["text"] == " ".join(finals)
     assert session.connections == 2
     assert isinstance(events[-1], Ended)
     assert sum(isinstance(event, Final) for event in events) == 2
     server.should_exit = True
     await asyncio.wait_for(serving, 20)
+
+
+BOUNDARY = "b0undary"
+FORM = {
+    "method": "POST",
+    "headers": [(b"content-type", f"multipart/form-data; boundary={BOUNDARY}".encode())],
+}
+
+
+def form(pcm: Float32) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, pcm, 16000, format="WAV")
+    disposition = 'Content-Disposition: form-data; name="file"; filename="talk.wav"'
+    head = f"--{BOUNDARY}\r\n{disposition}\r\n\r\n".encode()
+    return head + file.getvalue() + f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+async def test_a_file_that_is_posted(tiny: Recognizer, tones: Callable[..., Float32]) -> None:
+    pcm = np.round(tones(SPEECH) * 32767).astype("<i2")
+    finals = [final.text for final in tiny.transcribe(pcm, chunk_ms=160)]
+    body = form(pcm)
+    app = await app_of(tiny, chunk_ms=160)
+    client = Client(app, "http", PATH, **FORM)
+    for at in range(0, len(body), 5000):
+        more = at + 5000 < len(body)
+        piece = {"type": "http.request", "body": body[at : at + 5000], "more_body": more}
+        client.to_app.put_nowait(piece)
+    answer = await client.get()
+    assert answer["status"] == 200
+    assert dict(answer["headers"])[b"content-type"] == b"application/json"
+    assert json.loads((await client.get())["body"])["text"] == " ".join(finals)
+    await asyncio.wait_for(client.task, 10)
+    assert not app.host.files
+    await app.stop()
+
+
+async def test_files_that_get_no_text(
+    tiny: Recognizer, tones: Callable[..., Float32], caplog: pytest.LogCaptureFixture
+) -> None:
+    body = form(tones([(1, 20.0)]))
+    app = await app_of(tiny)
+
+    async def status(path: str, data: bytes, **scope: Any) -> int:
+        client = Client(app, "http", path, **FORM | scope)
+        client.to_app.put_nowait({"type": "http.request", "body": data, "more_body": False})
+        return int((await client.get())["status"])
+
+    assert await status("/v1/other", body) == 405
+    assert await status(PATH, b"") == 400
+    assert await status(PATH, body, headers=[(b"content-length", b"99999999")]) == 413
+    # Gone in the middle of the file, and while it is recognised.
+    for more in (True, False):
+        client = Client(app, "http", PATH, **FORM)
+        client.to_app.put_nowait({"type": "http.request", "body": body, "more_body": more})
+        client.to_app.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(client.task, 10)
+        assert client.sent.empty()
+    assert not app.host.files
+    assert not app.host.batcher.lanes
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    await app.stop()

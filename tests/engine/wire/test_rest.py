@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from websockets.asyncio.client import connect
 
-from loquent.engine import rest
+from loquent.engine import upload
 from loquent.engine.auth import Keys
 from loquent.engine.limits import Limits
 from loquent.engine.recognizer import Recognizer
@@ -149,7 +149,8 @@ async def test_other_kinds_of_files(
         ({"file": b"", "language": "fr"}, "language", "this server has xx"),
         ({"file": b"", "stream": "true"}, "stream", "/v1/realtime"),
         ({"file": b"", "prompt": "x" * 20_000}, None, "10000 bytes"),
-        ({"file": b"", "a[]": ["1"] * 40}, None, "more than 32 fields"),
+        ({"file": b"", "a[]": ["1"] * 140}, None, "more than 128 fields"),
+        ({"file": b"", "keywords[]": ["Ada", ""]}, "keywords", "empty hotword"),
     ],
 )
 async def test_mistakes_are_told(
@@ -187,7 +188,7 @@ async def test_requests_that_cannot_be_met(tiny: Recognizer, data: bytes, status
 async def test_an_upload_without_a_stated_length_ends_at_the_limit(
     tiny: Recognizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rest, "MAX_UPLOAD", 1000)
+    monkeypatch.setattr(upload, "MAX_UPLOAD", 1000)
     body = form({"file": bytes(5000)})
     chunk = f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n"
     headers = {"Content_Length": "", "Transfer_Encoding": "chunked"}
@@ -303,5 +304,24 @@ def test_any_body_is_a_form_or_refused(data: bytes) -> None:
 
 
 def test_ignored_fields_are_named() -> None:
-    options = Options.parse({"prompt": ["x"], "model": ["y"], "é": [""]}, ["en"])
-    assert options.report == "prompt, \\xe9"
+    prose = "Umm, let me think like, hmm... Okay, here's what I'm, like, thinking."
+    fields = {"prompt": [prose], "model": ["y"], "é": [""], "keywords[]": ["a\r\nb", "Ada"]}
+    options = Options.parse(fields, ["en"], str.isalpha)
+    assert options.report == "prompt, the phrase a\\r\\nb, \\xe9"
+    assert [word.phrase for word in options.hotwords] == ["Ada"]
+
+
+async def test_keywords_are_hotwords(tiny: Recognizer, wav: bytes) -> None:
+    heard = []
+    stream = tiny.stream
+
+    def watched(**options: Any) -> Any:
+        heard.append([word.phrase for word in options["hotwords"]])
+        return stream(**options)
+
+    async with serving(tiny) as server:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiny, "stream", watched)
+            body = form({"file": wav, "keywords[]": ["kiwi", "Ωmega"], "prompt": "Bana, Solo."})
+            assert (await answer(server, request(body)))[0] == 200
+    assert heard == [["kiwi", "Bana", "Solo"]]

@@ -1,0 +1,44 @@
+"""Hotwords as other people's protocols have them: phrases, and prompts that list some."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from loquent.engine.hotwords import MAX_CHARACTERS, Hotword
+
+MAX_WORDS = 4  # of a phrase in a prompt
+MAX_PHRASES = 500  # in a message; more would hold up the event loop
+_SENTENCE = re.compile(r"[.?!](?=\s)|[?!]$")
+
+
+def listed(prompt: str) -> tuple[str, ...]:
+    """The phrases of a prompt that lists names and terms, as Whisper's do; none of one in prose.
+
+    A list is parts between commas, semicolons and line ends, each of few words.
+    """
+    parts = [part.strip() for part in re.split(r"[,;\n]", prompt.strip().removesuffix("."))]
+    if _SENTENCE.search(prompt.strip()) or any(
+        len(part.split()) > MAX_WORDS or len(part) > MAX_CHARACTERS for part in parts
+    ):
+        return ()
+    return tuple(part for part in parts if part)
+
+
+def hotwords(
+    phrases: Iterable[str], spells: Callable[[str], bool]
+) -> tuple[tuple[Hotword, ...], tuple[str, ...]]:
+    """Those of the phrases that the model can spell, and the others.
+
+    Raises:
+        ConfigError: one is empty or too long.
+    """
+    found: list[Hotword] = []
+    unknown: list[str] = []
+    for phrase in dict.fromkeys(phrases):
+        hotword = Hotword(phrase=phrase)
+        if spells(phrase):
+            found.append(hotword)
+        else:
+            unknown.append(phrase)
+    return tuple(found), tuple(unknown)
