@@ -1,37 +1,47 @@
 """Loquent on a Ray cluster: ``serve run loquent.clients.ray_app:app`` (extra ``[cluster]``).
 
 Every replica is one process with one core, one recogniser and the sessions that came to it. A
-WebSocket stays with its replica until it ends. Ray scales by what a replica has in hand, and a
-session is one ongoing request, so the target is set to the sessions that one core holds: lag is
-kept away by not going there, and a replica that is behind all the same refuses more by its own
-measurement (503 with Retry-After; Ray tries no other replica, the client does).
+WebSocket stays with its replica until it ends. `loquent.clients.ray_policy` says how many replicas
+there are to be: by sessions, by the load that each measures, and by lag. A replica that is behind
+all the same refuses more by its own measurement (503 with Retry-After; Ray tries no other replica,
+the client does).
 
-A rolling update starts new replicas and stops old ones, which get ``DRAIN`` seconds for their
-sessions. With ``LOQUENT_SNAPSHOTS``, a private folder on a disk that all nodes share, sessions that
-can be resumed are handed over instead, also when only their connection is lost, and go on in
-whatever replica the client comes to; without it they can be resumed by luck only. A replica that
-dies takes its sessions with it; its clients get an error and start anew.
+A rolling update starts new replicas and stops old ones, as scaling down does. Ray lets one that it
+stops finish its requests, for up to ``DRAIN`` seconds, and then kills it. With LOQUENT_SNAPSHOTS, a
+private folder on a disk that all nodes share, sessions that can be resumed do not wait for that:
+they are handed over, also when only their connection is lost, and go on in whatever replica the
+client comes to; without it they can be resumed by luck only. A replica that dies takes its sessions
+with it; its clients get an error and start anew.
 
 Settings come from the environment: LOQUENT_BUNDLE, LOQUENT_SNAPSHOTS, LOQUENT_STREAMS (sessions a
-replica is meant to have, 24), LOQUENT_MIN_REPLICAS (1), LOQUENT_MAX_REPLICAS (8).
+replica is meant to have, 24), LOQUENT_TARGET_LOAD (share of its time that they are to need, 0.6),
+LOQUENT_MIN_REPLICAS (1), LOQUENT_MAX_REPLICAS (8).
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ray import serve
+from ray.serve.config import AutoscalingPolicy
 
+from loquent.clients.ray_policy import LagPolicy
 from loquent.engine.asgi import App
 from loquent.engine.host import ServerConfig
 from loquent.engine.recognizer import Recognizer
 
 # Seconds that a replica which is stopped has for its sessions.
 DRAIN = 120.0
+# Seconds between two questions whether a replica is well.
+HEALTH = 1.0
+# Seconds of audio that may wait in a session before a replica more is asked for.
+MAX_LAG = 2.0
 
 
 def config() -> ServerConfig:
@@ -67,6 +77,7 @@ def ingress() -> App:
 @serve.deployment(
     max_ongoing_requests=4 * streams(),
     ray_actor_options={"num_cpus": 1},
+    health_check_period_s=HEALTH,
     graceful_shutdown_timeout_s=DRAIN + 10.0,
     autoscaling_config={
         "min_replicas": int(os.environ.get("LOQUENT_MIN_REPLICAS", "1")),
@@ -74,6 +85,13 @@ def ingress() -> App:
         "target_ongoing_requests": streams(),
         "upscale_delay_s": 5.0,
         "downscale_delay_s": 300.0,
+        "policy": AutoscalingPolicy(
+            policy_function=LagPolicy,
+            policy_kwargs={
+                "target_load": float(os.environ.get("LOQUENT_TARGET_LOAD", "0.6")),
+                "max_lag": MAX_LAG,
+            },
+        ),
     },
 )
 @serve.ingress(ingress)
@@ -82,15 +100,43 @@ class Loquent:
 
     def __init__(self) -> None:
         application()  # loads the bundle before the replica counts as ready
+        self._asked = time.monotonic()  # when Ray last wanted to know whether it is well
+        self._watching: asyncio.Task[None] | None = None
 
     async def check_health(self) -> None:
         """Ray asks from time to time; a replica whose batcher died is replaced."""
+        self._asked = time.monotonic()
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
         if not application().host.batcher.running:
             raise RuntimeError("the batcher of this replica has stopped")
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `LagPolicy`."""
+        host = application().host
+        return {"load": host.batcher.load(), "lag": host.lag}
+
+    async def _watch(self) -> None:
+        """Move out once this replica is stopped, of which Ray tells it nothing.
+
+        But it asks no replica how it is that it has given up. The worst that a mistake can do is
+        that clients come back to where they were.
+        """
+        while True:
+            await asyncio.sleep(HEALTH)
+            if time.monotonic() - self._asked > 3 * HEALTH and await asyncio.to_thread(_stops_one):
+                application().host.move_out()
+
     async def __del__(self) -> None:
-        """Ray calls this when a replica is stopped: hand over, or let sessions finish."""
+        """Ray calls this when a stopped replica has no requests left, or no time."""
         await application().stop()
+
+
+def _stops_one() -> bool:
+    """Whether Ray is stopping replicas of this deployment."""
+    context = serve.get_replica_context()
+    application = serve.status().applications[context.app_name]
+    return bool(application.deployments[context.deployment].replica_states.get("STOPPING"))
 
 
 app: Any = Loquent.bind()  # type: ignore[attr-defined]

@@ -93,6 +93,8 @@ class Session:
         self._reader: asyncio.Task[None] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._stopping = False
+        self._leaving = False  # for another server ...
+        self._deserted = False  # ... to which the client has gone already
         self._meter = Meter(self._config.limits, time.monotonic())
         self._heard = 0.0  # seconds of audio in the messages since the meter looked
         self._sample_rate = 1
@@ -209,6 +211,7 @@ class Session:
             self._log.error("could not be handed over: %s", exc)
             raise
         self._log.info("handed over")
+        self._host.forget(self)  # from here on it is not ours
         self._close_with = Close(code=SERVICE_RESTART, reason="the server restarts; resume")
         return True
 
@@ -240,7 +243,7 @@ class Session:
     async def _wait_for_client(self) -> _Arrival | None:
         """The client on a new connection, or None if it does not come back."""
         # One that has just been fetched from there is awaited by its client.
-        leaves = self._stopping or (self._config.share_parked and not self._handed)
+        leaves = self._leaving or (self._config.share_parked and not self._handed)
         self._handed = False
         if self.token is not None and leaves:
             with contextlib.suppress(SnapshotError, OSError):  # which it has logged
@@ -271,15 +274,17 @@ class Session:
     def stop(self) -> None:
         """The server is going down: read no more, finish what was heard."""
         self._stopping = True
+        self.let_go()
+
+    def let_go(self, *, deserted: bool = False) -> None:
+        """Leave the session, which can be resumed, for another server.
+
+        `deserted`: its client is there already.
+        """
+        self._leaving = True
+        self._deserted = deserted
         self._stop_reading()
         if self._back is not None and not self._back.done():
-            self._back.set_result(None)
-
-    def let_go(self) -> None:
-        """Another server has the client."""
-        if self._back is None:
-            self.abort()
-        elif not self._back.done():
             self._back.set_result(None)
 
     def abort(self) -> None:
@@ -305,7 +310,7 @@ class Session:
             else:
                 await self._resume(arrival.seq)
             self._reader = asyncio.create_task(self._read())
-            if self._stopping or (self._writer is not None and self._writer.done()):
+            if self._leaving or (self._writer is not None and self._writer.done()):
                 self._reader.cancel()
             await asyncio.wait([self._reader])  # the writer cancels it when it is done first
             if self._writer is not None and self._writer.done():
@@ -314,7 +319,10 @@ class Session:
                 self._reader.result()
             if self._heir is not None:
                 return True
-            if self._close_with is None and self._stopping and await self._hand_over():
+            if self._close_with is None and self._leaving and await self._hand_over():
+                if self._deserted:
+                    self.abort()
+                    return True
                 return await self._close()
             if self._close_with is None:
                 # Reading ended by our wish: the server stops, or the client has been silent.

@@ -366,6 +366,21 @@ class Host:
         for session in self._all():
             session.stop()
 
+    def move_out(self) -> None:
+        """Hand the sessions that can be resumed to the other servers that share the folder.
+
+        Their clients are told to come back; the rest goes on here.
+        """
+        if self.folder is not None and self.config.share_parked:
+            for session in list(self._by_token.values()):
+                session.let_go()
+
+    @property
+    def lag(self) -> float:
+        """Seconds of audio that wait in the session that is furthest behind."""
+        lags = (lane.received - lane.processed for lane in self.batcher.lanes)
+        return max(lags, default=0.0)
+
     def abort(self) -> None:
         """Cut the sessions that have not finished."""
         logger.warning("%d sessions did not finish in time", len(self.sessions))
@@ -398,12 +413,11 @@ class Host:
                 continue
             for token in wanted:
                 if (session := self._by_token.get(token)) is not None:
-                    session.let_go()
+                    session.let_go(deserted=True)
 
     async def _watch(self) -> None:
         while True:
-            lags = [lane.received - lane.processed for lane in self.batcher.lanes]
-            self.metrics.lag.set(max(lags, default=0.0))
+            self.metrics.lag.set(self.lag)
             await asyncio.sleep(1.0)
 
     @property

@@ -434,3 +434,26 @@ async def test_servers_that_share_a_folder_take_each_other_s_sessions(
             listening.close()
     assert settled(events) == settled(whole)
     assert session.connections > 2
+
+
+async def test_a_server_that_moves_out_leaves_its_sessions_to_another(
+    tiny: Recognizer, tones: Speak, tmp_path: Path
+) -> None:
+    """Those that can be resumed; the others stay, and new ones are taken."""
+    pcm = tones(SPEECH)
+    options = {"snapshots": tmp_path / "sessions", "share_parked": True}
+    async with serving(tiny, **options) as one, serving(tiny, **options) as two:
+        whole, _ = await transcript(one.port, pcm, [1600])
+        async with proxy(one, []) as wire:
+            talks = [
+                asyncio.create_task(transcript(wire.port, pcm, [1600], pause=0.01, resume=resume))
+                for resume in (True, None)
+            ]
+            await asyncio.sleep(0.3)
+            wire.target = two.port
+            one.host.move_out()
+            (moved, session), (stayed, other) = await asyncio.gather(*talks)
+        assert (session.connections, other.connections) == (2, 1)
+        assert settled(moved) == settled(stayed) == settled(whole)
+        again, _ = await transcript(one.port, pcm, [1600])
+        assert settled(again) == settled(whole)
