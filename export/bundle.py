@@ -24,7 +24,7 @@ from loquent.engine.bundle import (
 from loquent.engine.features import FeatureSpec
 from loquent.engine.fields import MANIFEST
 from loquent.export.graphs import export_encoder, export_joiner, export_predictor, set_metadata
-from loquent.export.quantise import quantise_int8
+from loquent.export.quantise import quantise_int8, store_half
 from loquent.models.student import Student
 
 CHUNKS_MS = (40, 80, 160, 320, 640, 1280)
@@ -139,7 +139,8 @@ def write_bundle(student: Student, spec: BundleSpec, folder: Path) -> Bundle:
 def write_int8(source: Path, folder: Path) -> Bundle:
     """Write the int8 twin of the float bundle at ``source`` into ``folder``.
 
-    Only the encoder is quantised: predictor and joiner are small and run once per symbol.
+    Only the encoder is quantised: predictor and joiner are small and run once per symbol. Their
+    weights are stored in half precision, but computed with in single.
     """
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -147,6 +148,10 @@ def write_int8(source: Path, folder: Path) -> Bundle:
     manifest = json.loads((partial / MANIFEST).read_text())
     quantise_int8(source / "encoder.onnx", partial / "encoder.onnx")
     manifest["encoder"] |= _file(partial, "encoder.onnx")
+    if rnnt := manifest["heads"]["rnnt"]:
+        for part in ("predictor", "joiner"):
+            store_half(partial / f"{part}.onnx")
+            rnnt[part] |= _file(partial, f"{part}.onnx")
     manifest["precision"] = "int8"
     _write_manifest(partial, manifest)
     return _put(partial, folder)

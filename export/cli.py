@@ -26,6 +26,7 @@ from loquent.models.checkpoint import (
     CheckpointError,
     load_checkpoint,
     save_checkpoint,
+    shrink,
 )
 from loquent.models.data import DataError, Utterance, read_manifest
 from loquent.models.student import Student
@@ -166,9 +167,9 @@ def _export(args: argparse.Namespace) -> None:
         for file in sorted(chosen.iterdir()):
             (args.output / file.name).write_bytes(file.read_bytes())
     if args.weights:
-        half = {n: t.half() for n, t in checkpoint.student.state_dict().items()}
+        small = shrink(checkpoint.student.state_dict())
         config, tokenizer = checkpoint.student.config, checkpoint.tokenizer
-        save_checkpoint(args.weights, config, tokenizer, half, checkpoint.state)
+        save_checkpoint(args.weights, config, tokenizer, small, checkpoint.state)
     written = Bundle.load(args.output)
     size = sum(f.stat().st_size for f in args.output.iterdir())
     print(f"{args.output}: {written.name} {written.precision}, {size / 1e6:.1f} MB")
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights",
         type=Path,
-        help="also write a half-precision checkpoint here, to fine-tune from",
+        help="also write a small checkpoint here (int8 and half precision), to fine-tune from",
     )
     parser.add_argument("--int8", action="store_true", help="quantise the encoder's weights")
     parser.add_argument("--dev", type=Path, help="JSONL manifest for the int8 gate")

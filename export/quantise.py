@@ -8,8 +8,9 @@ scaled back; integer sums have no rounding, so a row's result does not depend on
 The product is one ``MatMulIntegerToFloat`` (a ``com.microsoft`` operator): the plain ONNX chain of
 ``MatMulInteger``, ``Cast`` and ``Mul`` costs a tenth more time. Weights use 7 of their 8 bits,
 because without VNNI instructions a pair of full-range products overflows 16 bits and saturates
-(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). Convolutions and
-everything else stay in float.
+(https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). Everything else is
+computed in float. Convolutions, which hear the raw features, are so too, but their weights are
+stored as int8 with a scale for each channel: ONNX Runtime makes floats of them when it loads.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 _WEIGHT_LIMIT = 63
+_STORED_LIMIT = 127
 _ACTIVATION_LIMIT = 127
 _DOMAIN = "com.microsoft"
 
@@ -101,6 +103,7 @@ def quantise_int8(source: Path, target: Path) -> int:
         if biased:
             nodes.append(helper.make_node("Add", [scaled, node.input[2]], [out]))
         converted += 1
+    nodes = _store_convolutions(graph, nodes, weights)
     if not converted:
         raise ValueError(f"{source}: no matrix product with a constant weight to quantise")
     _constants(graph)
@@ -111,6 +114,55 @@ def quantise_int8(source: Path, target: Path) -> int:
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     onnx.save(model, str(target))
     return converted
+
+
+def _store_convolutions(
+    graph: onnx.GraphProto, nodes: list[onnx.NodeProto], weights: dict[str, onnx.TensorProto]
+) -> list[onnx.NodeProto]:
+    """Keep the weights of convolutions as int8; returns the nodes with those that unpack them."""
+    result: list[onnx.NodeProto] = []
+    for node in nodes:
+        name = node.input[1] if node.op_type == "Conv" else ""
+        if name in weights and weights[name].data_type == onnx.TensorProto.FLOAT:
+            weight = numpy_helper.to_array(weights[name])
+            channels = tuple(range(1, weight.ndim))
+            scale = np.abs(weight).max(axis=channels, keepdims=True) / _STORED_LIMIT
+            scale[scale == 0] = 1.0
+            small, cast, unpacked = f"{name}.q8", f"{name}.cast", f"{name}.unpacked"
+            stored = np.rint(weight / scale).astype(np.int8)
+            graph.initializer.append(numpy_helper.from_array(stored, small))
+            graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
+            result += [
+                helper.make_node("Cast", [small], [cast], to=onnx.TensorProto.FLOAT),
+                # Not DequantizeLinear, which ONNX Runtime leaves for every run.
+                helper.make_node("Mul", [cast, f"{name}.scale"], [unpacked]),
+            ]
+            node.input[1] = unpacked
+        result.append(node)
+    return result
+
+
+def store_half(path: Path, *, least: int = 4096) -> None:
+    """Keep the constants of a graph with ``least`` elements and more in half precision.
+
+    They are computed with in single precision: ONNX Runtime makes floats of them when it loads.
+    """
+    model = onnx.load(str(path))
+    graph = model.graph
+    nodes: list[onnx.NodeProto] = []
+    for initializer in list(graph.initializer):
+        value = numpy_helper.to_array(initializer)
+        if value.dtype != np.float32 or value.size < least:
+            continue
+        name = initializer.name
+        graph.initializer.remove(initializer)
+        small = numpy_helper.from_array(value.astype(np.float16), f"{name}.half")
+        graph.initializer.append(small)
+        nodes.append(helper.make_node("Cast", [small.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes += graph.node
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.save(model, str(path))
 
 
 def _constant_weight(

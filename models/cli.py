@@ -18,12 +18,15 @@ from loquent.models.data import (
     read_manifest,
 )
 from loquent.models.distillation import Distillation
+from loquent.models.loop import Freezing
 from loquent.models.noise import RecordedNoise
 from loquent.models.options import (
     RESUMES,
     add_data_options,
+    add_front_option,
     add_loop_options,
     add_token_options,
+    front_frozen_until,
     guarded,
     loop_settings,
     read_shares,
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_token_options(parser)
     add_loop_options(parser, steps=6000, batch_seconds=60.0, lr=3e-4, head_lr=2e-3)
+    add_front_option(parser)
     parser.add_argument("--rnnt-from", type=int, default=500)
     parser.add_argument(
         "--long-until", type=int, default=0, help="up to this step train on long chunks only"
@@ -213,6 +217,7 @@ def _run(args: argparse.Namespace) -> None:
         long_until=args.long_until,
         delay_penalty=args.delay_penalty,
         distil=distil,
+        freezing=Freezing(front=front_frozen_until(args.freeze_front or "0")),
         augment=MASKS if args.waveforms else Augment(),
     )
     train: FeatureSource

@@ -94,6 +94,20 @@ def add_loop_options(
     parser.add_argument("--seed", type=int, default=1)
 
 
+def add_front_option(parser: argparse._ActionsContainer) -> None:
+    """When the front end learns; see :func:`front_frozen_until`."""
+    parser.add_argument(
+        "--freeze-front", metavar="STEPS", help="the front end learns from then on, or `never`"
+    )
+
+
+def front_frozen_until(value: str) -> int | None:
+    """Step from which the front end learns, None: never."""
+    if value != "never" and not value.isdecimal():
+        raise DataError(f"--freeze-front: got {value!r}, expected a step or `never`")
+    return None if value == "never" else int(value)
+
+
 def loop_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of LoopConfig that :func:`add_loop_options` asks for."""
     names = "steps decay seed batch_seconds accumulate lr head_lr save_every eval_every patience"

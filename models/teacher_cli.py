@@ -16,8 +16,10 @@ from loquent.models.options import (
     RESUMES,
     about,
     add_data_options,
+    add_front_option,
     add_loop_options,
     add_token_options,
+    front_frozen_until,
     guarded,
     loop_settings,
     read_shares,
@@ -70,9 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--freeze-encoder", type=int, metavar="STEPS", help="the head learns alone until then"
     )
-    group.add_argument(
-        "--freeze-front", metavar="STEPS", help="the front end learns from then on, or `never`"
-    )
+    add_front_option(group)
     group.add_argument(
         "--freeze-layers", type=int, metavar="N", help="the lowest N layers never learn"
     )
@@ -87,11 +87,7 @@ def _freezing(args: argparse.Namespace, hours: float, layers: int) -> Freezing:
     if args.freeze_layers is not None:
         changes["layers"] = args.freeze_layers
     if args.freeze_front is not None:
-        if args.freeze_front != "never" and not args.freeze_front.isdecimal():
-            raise DataError(
-                f"--freeze-front: got {args.freeze_front!r}, expected a step or `never`"
-            )
-        changes["front"] = None if args.freeze_front == "never" else int(args.freeze_front)
+        changes["front"] = front_frozen_until(args.freeze_front)
     return dataclasses.replace(chosen, **changes)
 
 

@@ -23,7 +23,8 @@ def test_float_export(fp32: Any, run: Path) -> None:
     best = load_checkpoint(run / "last").student.state_dict()
     half = load_checkpoint(fp32.folder.with_name("weights")).student.state_dict()
     for name, weight in best.items():
-        torch.testing.assert_close(half[name], weight, atol=1e-3, rtol=1e-3)
+        step = float(weight.abs().max()) / 127
+        torch.testing.assert_close(half[name], weight, atol=0.6 * step + 1e-4, rtol=1e-3)
     bundle = Bundle.load(fp32.folder)
     assert (bundle.name, bundle.precision, bundle.default_decoder) == ("toy", "fp32", "ctc")
     assert bundle.decoders == DECODERS

@@ -19,7 +19,7 @@ from loquent.engine.bundle import Bundle
 from loquent.engine.encoder import OnnxEncoder
 from loquent.export.bundle import write_int8
 from loquent.export.parity import compare
-from loquent.export.quantise import quantise_int8
+from loquent.export.quantise import quantise_int8, store_half
 from loquent.models.student import Student
 
 Array = NDArray[np.float32]
@@ -159,6 +159,51 @@ def test_nothing_to_quantise_is_an_error(tmp_path: Path) -> None:
         quantise_int8(tmp_path / "a.onnx", tmp_path / "b.onnx")
 
 
+def test_convolutions_are_stored_small_and_computed_in_float(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((16, K, 3)).astype(np.float32)
+    kernel *= np.logspace(-2, 1, 16, dtype=np.float32)[:, None, None]
+    kernel[5] = 0
+    made = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "k"], ["c"]),
+            helper.make_node("MatMul", ["c", "w"], ["y"]),
+        ],
+        "convolution",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", K, 12])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", 16, 10])],
+        [
+            numpy_helper.from_array(kernel, "k"),
+            numpy_helper.from_array(np.eye(10, dtype=np.float32), "w"),
+        ],
+    )
+    source, target = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), source)
+    assert quantise_int8(source, target) == 1
+    model = onnx.load(target)
+    onnx.checker.check_model(model)
+    floats = [i for i in model.graph.initializer if i.data_type == TensorProto.FLOAT]
+    assert max(int(np.prod(i.dims)) for i in floats) <= 16
+    x = rng.standard_normal((2, K, 12)).astype(np.float32)
+    (expected,) = run(source, {"x": x})
+    (got,) = run(target, {"x": x})
+    size = np.abs(expected).max(axis=(0, 2), keepdims=True) + 1e-9
+    assert (np.abs(got - expected) / size).max() < 0.03
+    assert not got[:, 5].any()
+
+
+def test_halves_are_computed_with_in_single_precision(weight: Array, tmp_path: Path) -> None:
+    path = graph(tmp_path / "a.onnx", "matmul", weight)
+    x = np.random.default_rng(1).standard_normal((1, 4, K)).astype(np.float32)
+    before = path.stat().st_size
+    store_half(path, least=K * N)
+    assert path.stat().st_size < before - K * N  # two bytes less for each, and a node more
+    (got,) = run(path, {"x": x})
+    np.testing.assert_allclose(got, x @ weight.astype(np.float16) + BIAS, rtol=1e-4, atol=1e-4)
+    kept = {i.name: i.data_type for i in onnx.load(path).graph.initializer}
+    assert kept == {"w.half": TensorProto.FLOAT16, "b": TensorProto.FLOAT}
+
+
 # The encoder
 
 
@@ -199,7 +244,7 @@ def test_int8_is_smaller_and_near(pair: Pair) -> None:
     rows = list(compare(student, bundle, steps=4, batches=(1,)))
     worst = max(max(row.ctc, row.joiner) for row in rows)
     assert 1e-4 < worst < 0.5
-    for name in ("predictor.onnx", "joiner.onnx", "features.npz", "tokens.txt"):
+    for name in ("features.npz", "tokens.txt"):
         assert (fp32 / name).read_bytes() == (int8 / name).read_bytes()
 
 

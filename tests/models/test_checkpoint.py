@@ -19,6 +19,7 @@ from loquent.models.checkpoint import (
     read_tensors,
     recover,
     save_checkpoint,
+    shrink,
 )
 from loquent.models.student import Student, StudentConfig
 from loquent.models.tokens import Tokenizer
@@ -66,6 +67,31 @@ def test_half_precision_comes_back_as_float(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({"a": torch.ones(2).half(), "b": torch.ones(2).bfloat16(), "n": torch.ones(1)}, path)
     assert {t.dtype for t in read_tensors(path).values()} == {torch.float32}
+
+
+def test_small_weights_come_back_as_float(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    torch.manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(32, 128) * torch.logspace(-6, 2, 32)[:, None],
+        "kernel": torch.randn(16, 128, 3),
+        "bias": torch.randn(5000),
+        "little": torch.randn(4, 4),
+    }
+    tensors["matrix"][7] = 0
+    save_file(shrink(tensors), path)
+    assert path.stat().st_size < 32 * 128 + 16 * 128 * 3 + 2 * 5000 + 1000
+    back = read_tensors(path)
+    assert back.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        row = tensor.flatten(1) if tensor.dim() > 1 else tensor[None]
+        error = (back[name] - tensor).reshape(row.shape).abs()
+        assert bool((error <= row.abs().amax(1, keepdim=True) * 0.005 + 1e-7).all()), name
+    stored = shrink(tensors)
+    del stored["kernel.scale"]
+    save_file(stored, path)
+    with pytest.raises(CheckpointError, match=r"kernel is int8, but there is no kernel\.scale"):
+        read_tensors(path)
 
 
 def test_only_what_was_asked_for_is_written(folder: Path) -> None:
