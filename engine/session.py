@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal
@@ -52,7 +54,7 @@ class Graph:
 
     Raises:
         BundleError: the graph does not belong to the manifest.
-        ConfigError: this ONNX Runtime cannot use the device.
+        ConfigError: this ONNX Runtime cannot use the device, or not for this bundle.
         MissingExtra: ONNX Runtime is not installed.
     """
 
@@ -68,6 +70,13 @@ class Graph:
     ) -> None:
         self.where = f"{bundle.files.where}: {file.file}"
         ort = onnxruntime()
+        providers = _providers(ort, device)
+        if device == "cuda" and bundle.precision == "int8":
+            raise ConfigError(
+                f"got device cuda and the int8 bundle {bundle.files.where}, whose products ONNX "
+                "Runtime computes on the CPU only; use device cpu, or export the bundle without "
+                "--int8"
+            )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -77,16 +86,15 @@ class Graph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         data = bundle.graph(file)
         try:
-            self._session = ort.InferenceSession(data, options, providers=_providers(ort, device))
-        except ConfigError:
-            raise
+            self._session = ort.InferenceSession(data, options, providers=providers)
         except Exception as exc:  # ONNX Runtime's own errors have no common base class
             raise BundleError(f"{self.where}: ONNX Runtime cannot load it ({exc})") from exc
         # Where CUDA's libraries are missing, ONNX Runtime only says so and goes on without.
         if device == "cuda" and _CUDA not in self._session.get_providers():
             raise ConfigError(
-                "device cuda cannot be used: ONNX Runtime found no CUDA device or not the CUDA and "
-                "cuDNN libraries that it needs; its message is above. Use device cpu meanwhile"
+                "got device cuda, but ONNX Runtime found no CUDA device or not the CUDA and cuDNN "
+                "libraries that it needs; its message is above. Look whether `nvidia-smi` shows a "
+                "device and whether the extra [gpu] is installed, or use device cpu"
             )
         self._check_metadata(bundle)
         self._check_tensors("input", self._session.get_inputs(), inputs, closed=True)
@@ -173,9 +181,13 @@ def _providers(ort: Any, device: Device) -> list[str]:
         return [_CPU]
     if _CUDA not in ort.get_available_providers():
         raise ConfigError(
-            "device cuda needs the ONNX Runtime of `pip install 'loquent[gpu]'` in place of the "
-            f"one of [cpu]; this one has only {', '.join(ort.get_available_providers())}"
+            "got device cuda, but this ONNX Runtime has only "
+            f"{', '.join(ort.get_available_providers())}; `pip uninstall onnxruntime` and "
+            "`pip install 'loquent[gpu]'` bring the one that has CUDA, or use device cpu"
         )
+    # The libraries that pip installs lie where the loader does not look. It prints what it misses.
+    with contextlib.redirect_stdout(sys.stderr):
+        ort.preload_dlls()
     return [_CUDA, _CPU]
 
 

@@ -149,7 +149,20 @@ def test_a_device_that_is_not_there(bundle: str, capsys: pytest.CaptureFixture[s
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime knows CUDA")
     assert main(["serve", "--bundle", bundle, "--device", "cuda"]) == 1
-    assert "loquent[gpu]" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "got device cuda, but this ONNX Runtime has only" in said
+    assert "loquent[gpu]" in said
+    assert "Traceback" not in said
+
+
+def test_an_int8_bundle_on_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert main(["serve", "--bundle", "en", "--device", "cuda"]) == 1
+    assert "use device cpu, or export the bundle without" in capsys.readouterr().err
 
 
 # Logs.
