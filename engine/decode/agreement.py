@@ -26,14 +26,28 @@ def agreed(
     weights = [math.exp(score - top) for score in scores]
     total = sum(weights)
 
+    # Hypotheses share most of their tokens, so each is asked for once.
+    found: dict[tuple[int, int], float] = {}
+
     def ask(token: Token) -> Token:
-        if not since <= token.frame < until:
+        frame = token.frame
+        if not since <= frame < until:
             return token
-        mass = sum(
-            weight
-            for weight, tokens in zip(weights, hypotheses, strict=True)
-            if any(t.id == token.id and abs(t.frame - token.frame) <= _NEAR for t in tokens)
-        )
+        key = token.id, frame
+        mass = found.get(key)
+        if mass is None:
+            mass = 0.0
+            for weight, tokens in zip(weights, hypotheses, strict=True):
+                for other in reversed(tokens):  # in the order of their frames
+                    if other.frame < frame - _NEAR:
+                        break
+                    if other.id == token.id and other.frame <= frame + _NEAR:
+                        mass += weight
+                        break
+            found[key] = mass
         return token._replace(agreed=mass / total)
 
-    return [tuple(map(ask, tokens)) for tokens in hypotheses]
+    return [
+        tuple(map(ask, tokens)) if tokens and tokens[-1].frame >= since else tokens
+        for tokens in hypotheses
+    ]

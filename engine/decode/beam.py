@@ -15,7 +15,7 @@ Shapes: H hypotheses of a stream, K frames, J joiner size, V tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -26,6 +26,7 @@ from loquent.engine.decode import Frame, Token
 from loquent.engine.decode.agreement import PATIENCE, agreed
 from loquent.engine.decode.decoder import Job, Settings
 from loquent.engine.decode.fusion import Fusion, Words
+from loquent.engine.decode.scores import Growth, Rows, Scores, score
 from loquent.engine.decode.transducer import Context, Transducer, log_softmax
 from loquent.engine.hotwords import HotwordGraph
 
@@ -179,25 +180,57 @@ class BeamSearch:
         beams = [_Beam(self, job) for job in jobs]
         for k in range(max(beam.count for beam in beams)):
             live = [beam for beam in beams if k < beam.count]
-            unsure = [beam for beam in live if not beam.passes(k)]
-            for beam, log_probs in zip(unsure, self._join(unsure, k), strict=True):
-                beam.advance(k, log_probs)
-            self._extend(unsure)
+            if unsure := [beam for beam in live if not beam.passes(k)]:
+                for beam, scores in zip(unsure, self._score(unsure, k), strict=True):
+                    beam.advance(k, scores)
+                self._extend(unsure)
             for beam in live:
                 beam.listen(k)
         return [(beam.frames, beam.state()) for beam in beams]
 
-    def _join(self, beams: Sequence[_Beam], k: int) -> Iterable[Float32 | None]:
-        """RNN-T's log-probabilities (H, V) of frame ``k`` for each stream, in one call."""
-        if self.model is None or not beams:
-            return [None] * len(beams)
+    def _score(self, beams: Sequence[_Beam], k: int) -> list[Scores]:
+        """What frame ``k`` says of each stream's hypotheses, computed together."""
+        every = [h for beam in beams for h in beam.hypotheses]
         sizes = [len(beam.hypotheses) for beam in beams]
-        enc = np.stack([beam.joiner[k] for beam in beams])
-        logits = self.model.join(
-            np.repeat(enc, sizes, axis=0), np.concatenate([beam.pred for beam in beams])
+        penalties = np.array([beam.penalty for beam in beams], np.float32)
+        ctc = rnnt = own = hot = None
+        if self.share:
+            ctc = np.stack([beam.ctc[k] for beam in beams])
+            ctc[:, self.blank] -= penalties
+        contexts = [h.context for h in every if h.context]
+        if self.model:
+            enc = np.repeat(np.stack([beam.joiner[k] for beam in beams]), sizes, axis=0)
+            pred = np.concatenate([context.pred for context in contexts]).reshape(len(every), -1)
+            logits = self.model.join(enc, pred)
+            logits[:, self.blank] -= np.repeat(penalties, sizes)
+            rnnt = log_softmax(logits)
+            if any(beam.own for beam in beams):
+                weights = np.repeat(np.array([beam.own for beam in beams], np.float32), sizes)
+                unknown = np.zeros(rnnt.shape[1], np.float32)
+                known = [unknown if c.tokens is None else c.tokens for c in contexts]
+                own = weights[:, None] * np.concatenate(known).reshape(rnnt.shape)
+        if any(beam.fusion.hotwords for beam in beams):
+            scored = rnnt if ctc is None else ctc
+            assert scored is not None, "something scores"
+            none = np.zeros(scored.shape[1], np.float32)
+            hot = np.stack(
+                [
+                    none if graph is None else graph.bias(h.words.hot)
+                    for beam in beams
+                    for graph in [beam.fusion.hotwords]
+                    for h in beam.hypotheses
+                ]
+            )
+        rows = Rows(
+            sizes=sizes,
+            totals=[
+                [h.acoustic(self.share) + h.words.score for h in beam.hypotheses] for beam in beams
+            ],
+            last=[h.last for h in every],
+            margins=[beam.rules.margin for beam in beams],
+            most=[2 * beam.rules.beam for beam in beams],
         )
-        logits[:, self.blank] -= np.repeat([beam.penalty for beam in beams], sizes)
-        return np.split(log_softmax(logits), np.cumsum(sizes)[:-1])
+        return score(rows, rnnt=rnnt, ctc=ctc, own=own, hot=hot, share=self.share, blank=self.blank)
 
     def _extend(self, beams: Sequence[_Beam]) -> None:
         """Run the predictor for the hypotheses that have a new token, in one call."""
@@ -209,9 +242,6 @@ class BeamSearch:
             hypothesis.context = context
         if any(beam.own for beam in beams):
             self.model.know(after)
-        for beam in beams:
-            if beam.stale:
-                beam.gather()
 
 
 class _Beam:
@@ -221,37 +251,25 @@ class _Beam:
         state: BeamState = job.search
         self._decoder = decoder
         self._state = state
-        self._rules = state.fusion.rules
+        self.fusion = state.fusion
+        self.rules = state.fusion.rules
         self._endpointer = job.endpointer
         self._first = job.first
         self._speech = False
         self._heard = state.heard
-        self._ctc = job.frames["ctc"] if decoder.share else None
+        self.ctc = job.frames["ctc"] if decoder.share else _NOTHING
+        self._blanks = self.ctc[:, decoder.blank].tolist() if decoder.share else []
         self.joiner = job.frames["joiner"] if decoder.model else _NOTHING
-        self.count = len(self.joiner if self._ctc is None else self._ctc)
-        self.penalty = self._rules.blank_penalty
-        self.own = self._rules.own_weight if state.fusion.active and decoder.model else 0.0
+        self.count = len(self.ctc if decoder.share else self.joiner)
+        self.penalty = self.rules.blank_penalty
+        self.own = self.rules.own_weight if state.fusion.active and decoder.model else 0.0
         self.frames: list[Frame] = []
         self.hypotheses = list(state.hypotheses)
         self.grown: list[Hypothesis] = []
-        self.gather()
-
-    def gather(self) -> None:
-        """Lay out as rows what the predictor made of the hypotheses."""
-        self.stale = False
-        contexts = [h.context for h in self.hypotheses if h.context]
-        if contexts:
-            self.pred = np.stack([context.pred for context in contexts])
-            if self.own:
-                tokens = [context.tokens for context in contexts if context.tokens is not None]
-                self._mine = self.own * np.stack(tokens)
 
     def passes(self, k: int) -> bool:
         """Whether frame ``k`` is as good as certainly blank; if so, that is all there is to it."""
-        if self._ctc is None:
-            return False
-        blank = float(self._ctc[k, self._decoder.blank])
-        if blank < _SURE:
+        if not self._blanks or (blank := self._blanks[k]) < _SURE:
             return False
         blank -= self.penalty
         self.hypotheses = [
@@ -260,98 +278,59 @@ class _Beam:
         self._speech = False
         return True
 
-    def advance(self, k: int, rnnt: Float32 | None) -> None:
-        """Take frame ``k``; ``rnnt`` (H, V) are RNN-T's log-probabilities after each prefix."""
-        blank, share = self._decoder.blank, self._decoder.share
-        ctc = None
-        if self._ctc is not None:
-            ctc = self._ctc[k].copy()
-            ctc[blank] -= self.penalty
-        if ctc is None:
-            assert rnnt is not None
-            both = rnnt
-        elif rnnt is None:
-            both = np.repeat(ctc[None], len(self.hypotheses), axis=0)
-        else:
-            both = (1 - share) * rnnt + share * ctc
-        totals = [h.acoustic(share) + h.words.score for h in self.hypotheses]
-        top = max(totals)
-        self._speech = int(both[totals.index(top)].argmax()) != blank
-        # Relative to the best, as totals grow for hours and float32 has seven digits.
-        value = both + np.array([total - top for total in totals], np.float32)[:, None]
-        if self.own:
-            value -= self._mine
-        if hotwords := self._state.fusion.hotwords:
-            value += np.stack([hotwords.bias(h.words.hot) for h in self.hypotheses])
-        floor = float(value.max()) - self._rules.margin
-        value[:, blank] = _NEVER
-        flat = np.flatnonzero(value > floor)
-        most = 2 * self._rules.beam
-        if len(flat) > most:
-            flat = flat[np.argpartition(value.ravel()[flat], -most)[-most:]]
-        found = self._stay(rnnt, ctc)
-        if len(flat):
-            self._grow(found, flat.tolist(), self._first + k, rnnt, ctc, both)
+    def advance(self, k: int, scores: Scores) -> None:
+        """Take frame ``k``."""
+        self._speech = scores.speech
+        found = self._stay(scores)
+        if scores.growths:
+            self._grow(found, scores.growths, self._first + k)
             self._prune(found)
         else:
             self.hypotheses, self.grown = list(found.values()), []
 
-    def _stay(self, rnnt: Float32 | None, ctc: Float32 | None) -> dict[tuple[int, ...], Hypothesis]:
+    def _stay(self, scores: Scores) -> dict[tuple[int, ...], Hypothesis]:
         """Every prefix goes on as it is: with blank, or with CTC's last token held."""
-        blank = self._decoder.blank
         found = {}
+        silence = scores.silence
         for i, h in enumerate(self.hypotheses):
             r, b, t = h.rnnt, h.blank, h.token
-            if rnnt is not None:
-                r += float(rnnt[i, blank])
-            if ctc is not None:
-                b, t = (
-                    _add(b, t) + float(ctc[blank]),
-                    t + float(ctc[h.last]) if h.last >= 0 else _NEVER,
-                )
+            if scores.stay:
+                r += scores.stay[i]
+            if scores.hold:
+                b, t = _add(b, t) + silence, t + scores.hold[i] if h.last >= 0 else _NEVER
             found[h.ids] = h.scored(r, b, t)
         return found
 
     def _grow(
-        self,
-        found: dict[tuple[int, ...], Hypothesis],
-        flat: Sequence[int],
-        number: int,
-        rnnt: Float32 | None,
-        ctc: Float32 | None,
-        both: Float32,
+        self, found: dict[tuple[int, ...], Hypothesis], growths: Sequence[Growth], number: int
     ) -> None:
         """Prefixes go on with tokens; what leads to the same prefix is added up."""
-        fusion = self._state.fusion
-        vocabulary = both.shape[1]
-        for index in flat:
-            i, token = divmod(index, vocabulary)
+        extend = self.fusion.extend
+        listens, transduces = self._decoder.share > 0, self._decoder.model is not None
+        for i, token, rnnt, ctc, both, bonus in growths:
             parent = self.hypotheses[i]
-            r, t = parent.rnnt, parent.token
-            if rnnt is not None:
-                r += float(rnnt[i, token])
-            if ctc is not None:
+            r, t = parent.rnnt + rnnt, parent.token
+            if listens:
                 # The same token twice in a row is two tokens only with a blank in between.
                 t = parent.blank if token == parent.last else _add(parent.blank, t)
-                t += float(ctc[token])
+                t += ctc
             longer = parent.longer.get(token)
             if longer is None:
-                bonus = -float(self._mine[i, token]) if self.own else 0.0
-                words = fusion.extend(parent.words, token, bonus)
+                words = extend(parent.words, token, bonus if self.own else 0.0)
                 longer = parent.longer[token] = ((*parent.ids, token), words)
             ids, words = longer
             h = found.get(ids)
             if h is None:
-                tokens = (*parent.tokens, Token(token, number, float(both[i, token])))
-                b = parent.blank if ctc is None else _NEVER
+                tokens = (*parent.tokens, Token(token, number, both))
+                b = _NEVER if listens else parent.blank
                 found[ids] = Hypothesis(ids, tokens, token, words, parent.context, r, b, t)
             else:
                 # It was said where it is likeliest, not where it was first thought of.
-                if (logp := float(both[i, token])) > h.tokens[-1].logp:
-                    h.tokens = (*h.tokens[:-1], Token(token, number, logp))
-                if rnnt is not None:
+                if both > h.tokens[-1].logp:
+                    h.tokens = (*h.tokens[:-1], Token(token, number, both))
+                if transduces:
                     h.rnnt = _add(h.rnnt, r)
-                if ctc is not None:
+                if listens:
                     h.token = _add(h.token, t)
 
     def _prune(self, found: dict[tuple[int, ...], Hypothesis]) -> None:
@@ -359,11 +338,10 @@ class _Beam:
         share = self._decoder.share
         ranked = [(h.acoustic(share) + h.words.score, h) for h in found.values()]
         ranked.sort(key=itemgetter(0), reverse=True)
-        worst = ranked[0][0] - self._rules.margin
+        worst = ranked[0][0] - self.rules.margin
         old = {h.ids for h in self.hypotheses}
-        self.hypotheses = [h for score, h in ranked[: self._rules.beam] if score >= worst]
+        self.hypotheses = [h for score, h in ranked[: self.rules.beam] if score >= worst]
         self.grown = [h for h in self.hypotheses if h.ids not in old]
-        self.stale = True
 
     # -- what is settled ---------------------------------------------------------------------
 
@@ -371,7 +349,7 @@ class _Beam:
         """Frame ``k`` is searched: end the segment if a silence does; settle after the last."""
         number = self._heard = self._first + k
         due = number - PATIENCE
-        if any(t.frame == due for h in self.hypotheses for t in h.tokens):
+        if any(_speaks(h.tokens, due) for h in self.hypotheses):
             scores = [h.acoustic(self._decoder.share) + h.words.score for h in self.hypotheses]
             found = agreed(scores, [h.tokens for h in self.hypotheses], due, due + 1)
             for hypothesis, said in zip(self.hypotheses, found, strict=True):
@@ -380,8 +358,7 @@ class _Beam:
         if self._endpointer.accept(Frame(number, (), self._speech)) == "endpoint":
             tokens = self.state().flush()
             self._endpointer.restart(None)
-            self.hypotheses = [self._decoder.root(self._state.fusion)]
-            self.gather()
+            self.hypotheses = [self._decoder.root(self.fusion)]
         elif k == self.count - 1:
             tokens = self._settle(number)
         self.frames.append(Frame(number, tokens, self._speech))
@@ -393,7 +370,7 @@ class _Beam:
     def _settle(self, number: int) -> tuple[Token, ...]:
         """Give out what all share; drop what has disagreed with the best for too long."""
         best = self.state().best()
-        late = number - self._rules.horizon
+        late = number - self.rules.horizon
         keep = sum(1 for token in best.tokens if token.frame <= late)
         if keep:
             self.hypotheses = [h for h in self.hypotheses if h.ids[:keep] == best.ids[:keep]]
@@ -409,6 +386,14 @@ def _add(a: float, b: float) -> float:
         a, b = b, a
     # e^-37 is below the resolution of a double; two impossible scores have no difference.
     return a if b == _NEVER or b < a - 37.0 else a + math.log1p(math.exp(b - a))
+
+
+def _speaks(tokens: Sequence[Token], frame: int) -> bool:
+    """Whether one of the tokens, which are in the order of their frames, is of this one."""
+    for token in reversed(tokens):
+        if token.frame <= frame:
+            return token.frame == frame
+    return False
 
 
 def _shared(sequences: Sequence[tuple[int, ...]]) -> int:
