@@ -10,7 +10,8 @@ streams need no locks.
 
 A round is for streams of one chunk size, that of the stream which has waited longest since it was
 served, and for so many of them that it stays short: sessions with small chunks wait for one round
-of those with large ones, not for all.
+of those with large ones, not for all. Among these, streams at the end of their audio come first and
+go on to their last word in the same round: somebody waits for it, and little is left to do.
 
 Nothing here can grow without bound. `feed` waits while a lane's inbox or its stream is full; a lane
 whose events nobody fetches is not advanced any further, so that its own client's audio backs up.
@@ -342,6 +343,14 @@ class _Job:
     dropped: int = 0  # partials
     error: Exception | None = None
 
+    @property
+    def ending(self) -> bool:
+        """Whether the stream is as good as through with its audio, but for its last chunks."""
+        stream = self.stream
+        over = self.finished or self.lane.finished
+        left = stream.received - stream.processed
+        return over and stream.ready and left <= stream.latency_ms / 1000
+
     def accept(self) -> None:
         """Move audio into the stream, as much as it wants."""
         try:
@@ -541,8 +550,15 @@ class Batcher:
             # Who waits longest comes first; those who can share its batch come with it.
             chunk = ready[0].lane.chunk
             most = max(1, min(self._max_batch, int(MAX_ROUND / chunk)))
-            ready = [job for job in ready if job.lane.chunk == chunk][:most]
+            ready = [job for job in ready if job.lane.chunk == chunk]
+            ready = sorted(ready, key=lambda job: not job.ending)[:most]
             self._step(ready)
+            done = len(ready)
+            while last := [job for job in ready if job.error is None and job.ending]:
+                done += len(last)
+                if done * chunk > MAX_ROUND:
+                    break
+                self._step(last)
         for job in jobs:
             if job.error is None:
                 self._guard(job, job.collect)

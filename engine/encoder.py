@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from loquent.engine.bundle import PROCESSED, Bundle, StateSpec
 from loquent.engine.errors import BundleError
-from loquent.engine.pool import Pool, Slot, write_ring
+from loquent.engine.pool import Pool, Slot, write_rings
 from loquent.engine.session import (
     Array,
     Device,
@@ -22,6 +22,9 @@ from loquent.engine.session import (
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+
+# Feature frames, of all streams together, that go through the graph at once.
+_FRAMES = 480
 
 
 class OnnxEncoder:
@@ -78,8 +81,22 @@ class OnnxEncoder:
         """
         owned = self.pool.own(slots)
         rows = self.pool.rows(owned)
-        frames, following = self._run(window, right_context, self.pool.inputs(rows), rows, outputs)
-        return frames, Advance(self.pool, owned, rows, following)
+        parts: list[tuple[dict[str, Float32], Int64, State]] = []
+        # A batch that the processor's cache does not hold is slower than two that it holds.
+        most = max(1, _FRAMES // window.shape[1])
+        count = -(-len(rows) // most)
+        for part in np.array_split(np.arange(len(rows)), count):
+            at = slice(part[0], part[-1] + 1)
+            state = self.pool.inputs(rows[at])
+            frames, following = self._run(window[at], right_context, state, rows[at], outputs)
+            parts.append((frames, rows[at], following))
+        heads = {
+            name: np.concatenate([frames[name] for frames, _, _ in parts])
+            if count > 1
+            else parts[0][0][name]
+            for name in outputs
+        }
+        return heads, Advance(self.pool, owned, [(at, following) for _, at, following in parts])
 
     def step(
         self,
@@ -105,10 +122,9 @@ class OnnxEncoder:
         heads = self.heads if outputs is None else list(outputs)
         rows = np.arange(len(window))
         frames, following = self._run(window, right_context, state, rows, heads)
-        after = dict(following)
-        for spec in self._rings:
-            after[spec.name] = state[spec.name].copy()
-            write_ring(spec, after[spec.name], rows, state[PROCESSED], following)
+        after = following | {spec.name: state[spec.name].copy() for spec in self._rings}
+        if self._rings:
+            write_rings(self._rings, after, rows, state[PROCESSED], following)
         return frames, after
 
     def _run(
@@ -150,14 +166,14 @@ class Advance:
     """What a window brought the states of some streams, not yet written."""
 
     def __init__(
-        self, pool: Pool, slots: Sequence[Slot], rows: Int64, following: Mapping[str, Array]
+        self, pool: Pool, slots: Sequence[Slot], parts: Sequence[tuple[Int64, Mapping[str, Array]]]
     ) -> None:
-        self._pool, self._slots = pool, slots
-        self._rows, self._following = rows, following
+        self._pool, self._slots, self._parts = pool, slots, parts
 
     def keep(self) -> Sequence[Slot]:
         """Write it; the streams' slots from here on."""
-        self._pool.write(self._rows, self._following)
+        for rows, following in self._parts:
+            self._pool.write(rows, following)
         return self._slots
 
 

@@ -8,7 +8,7 @@ stream, used again by the next one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,11 +93,11 @@ class Pool:
 
     def write(self, rows: NDArray[np.int64], following: Mapping[str, Array]) -> None:
         """What came out of the graph: frames to go into the rings, and the next other states."""
-        before = self._arrays[PROCESSED][rows] if self._rings else rows
+        if self._rings:
+            before = self._arrays[PROCESSED][rows]
+            write_rings(self._rings.values(), self._arrays, rows, before, following)
         for name, array in self._arrays.items():
-            if ring := self._rings.get(name):
-                write_ring(ring, array, rows, before, following)
-            else:
+            if name not in self._rings:
                 array[rows] = following[name]
 
     @staticmethod
@@ -124,9 +124,9 @@ class Pool:
         self._size = size
 
 
-def write_ring(
-    spec: StateSpec,
-    array: Array,
+def write_rings(
+    specs: Iterable[StateSpec],
+    rings: Mapping[str, Array],
     rows: NDArray[np.int64],
     before: NDArray[np.int64],
     following: Mapping[str, Array],
@@ -134,17 +134,32 @@ def write_ring(
     """Write a window's frames, but for its right context's, to where they belong.
 
     Args:
-        spec: of the ring.
-        array: (P, ...), its rows.
+        specs: of the rings.
+        rings: (P, ...) each, to be written to.
         rows: (B,) that are meant.
         before: (B,) ``processed_frames`` before the window.
         following: what the graph gave out.
     """
-    assert spec.ring is not None, "a ring"
-    axis = spec.ring + 1
-    length = array.shape[axis]
-    count = int((following[PROCESSED] - before)[0]) // spec.every
+    counted = int((following[PROCESSED] - before)[0])
+    spans: dict[tuple[int, int], list[tuple[int, slice, slice]]] = {}
+    for spec in specs:
+        assert spec.ring is not None, "a ring"
+        axis = spec.ring + 1
+        ring, new = rings[spec.name].swapaxes(1, axis), following[spec.name].swapaxes(1, axis)
+        key = ring.shape[1], spec.every
+        if key not in spans:
+            spans[key] = list(_spans(key[0], counted // spec.every, before // spec.every))
+        for i, to, part in spans[key]:
+            ring[rows[i], to] = new[i, part]
+
+
+def _spans(
+    length: int, count: int, before: NDArray[np.int64]
+) -> Iterator[tuple[int, slice, slice]]:
+    """Stream, slots of a ring and the frames that go there: in one piece, or two at the end."""
     first = max(0, count - length)  # no more fit
-    slots = (before[:, None] // spec.every + np.arange(first, count)) % length
-    rings, found = np.moveaxis(array, axis, 1), np.moveaxis(following[spec.name], axis, 1)
-    rings[rows[:, None], slots] = found[:, first:count]
+    for i, start in enumerate(((before + first) % length).tolist()):
+        middle = first + min(count - first, length - start)
+        yield i, slice(start, start + middle - first), slice(first, middle)
+        if middle < count:
+            yield i, slice(0, count - middle), slice(middle, count)

@@ -118,10 +118,13 @@ def score(
     floors = np.maximum.reduceat(value.max(axis=1), starts) - np.array(rows.margins, np.float32)
     value[:, blank] = -np.inf
     flat = np.flatnonzero(value > floors[stream][:, None])
-    parts = np.split(flat, np.searchsorted(flat, ends[:-1] * both.shape[1]))
-    for i, (part, most) in enumerate(zip(parts, rows.most, strict=True)):
+    parts, begin = [], 0
+    bounds = np.searchsorted(flat, ends * both.shape[1]).tolist()
+    for end, most in zip(bounds, rows.most, strict=True):
+        part, begin = flat[begin:end], end
         if len(part) > most:
-            parts[i] = part[np.argpartition(value.ravel()[part], -most)[-most:]]
+            part = part[np.argpartition(value.ravel()[part], -most)[-most:]]
+        parts.append(part)
     growths = _growths(parts, starts, stream, rnnt, ctc, both, own)
     stay = [] if rnnt is None else rnnt[:, blank].tolist()
     silence = [0.0] * len(sizes) if ctc is None else ctc[:, blank].tolist()
