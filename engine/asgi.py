@@ -22,9 +22,10 @@ from urllib.parse import quote
 from websockets.http11 import Response
 
 from loquent.engine import upload, web
-from loquent.engine.driver import Gone, Session
+from loquent.engine.driver import Session
 from loquent.engine.host import Host, Opened, ServerConfig
 from loquent.engine.metrics import CONTENT_TYPE
+from loquent.engine.outlet import Gone
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.dispatch import is_wire
 from loquent.engine.wire.session import Refused

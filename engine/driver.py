@@ -22,8 +22,6 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections import deque
-from typing import Protocol
 
 from loquent.engine.batcher import Lane
 from loquent.engine.errors import SnapshotError
@@ -32,6 +30,16 @@ from loquent.engine.handover import Handed
 from loquent.engine.host import Host, Opened
 from loquent.engine.limits import Meter
 from loquent.engine.metrics import SessionMetrics
+from loquent.engine.outlet import (
+    GOING_AWAY,
+    NORMAL_CLOSURE,
+    SERVICE_RESTART,
+    Gone,
+    NoSocket,
+    Outlet,
+    Socket,
+    UnreadError,
+)
 from loquent.engine.protocol import (
     Audio,
     End,
@@ -49,32 +57,6 @@ from loquent.engine.wire.session import Actions, Close, Mark, Open, Send, WireSe
 
 logger = logging.getLogger(__name__)
 
-# RFC 6455 section 7.4.1.
-NORMAL_CLOSURE, GOING_AWAY, POLICY_VIOLATION, SERVICE_RESTART = 1000, 1001, 1008, 1012
-
-
-class Gone(Exception):  # noqa: N818
-    """The connection is closed or lost; says how."""
-
-
-class Socket(Protocol):
-    """One open WebSocket."""
-
-    async def receive(self) -> str | bytes:
-        """The next message. Raises Gone."""
-
-    async def send(self, text: str) -> None:
-        """Send a text message; waits while the client does not read. Raises Gone."""
-
-    async def close(self, code: int, reason: str) -> bool:
-        """Close, once all is sent; whether the client has answered, and so has read it all.
-
-        Does nothing if the connection is gone.
-        """
-
-    def abort(self) -> None:
-        """Cut the connection. Does nothing if it is gone."""
-
 
 class Session:
     """One client, from its connection to its end."""
@@ -82,7 +64,7 @@ class Session:
     def __init__(self, host: Host, opened: Opened, socket: Socket) -> None:
         self._host = host
         self._config = host.config
-        self._socket = socket
+        self._outlet = Outlet(socket, host.config.send_timeout)
         self._id = opened.session
         self._wire = opened.wire
         self.visitor = opened.visitor
@@ -100,9 +82,6 @@ class Session:
         self._sample_rate = 1
         self._spoken = False  # the client, at least once
         self._overdue = False  # the session has lasted as long as it may
-        # Messages in the order in which the protocol made them, whoever comes to send them.
-        self._outgoing: deque[str] = deque()
-        self._sending = asyncio.Lock()
         self._close_with: Close | None = None
         # Of a session that can be resumed: the secret that stands for it, whoever has just come
         # back with it, and when the connection was lost.
@@ -158,7 +137,7 @@ class Session:
             return
         session, seq = self._heir
         try:
-            await session.adopt(self._socket, seq)
+            await session.adopt(self._outlet.socket, seq)
         except TimeoutError:  # the old connection does not end
             await self.fail(WireError("busy", "this session is not free yet", retry_after=1))
 
@@ -176,7 +155,7 @@ class Session:
             raise SnapshotError(f"got a damaged session ({type(exc).__name__}: {exc})") from exc
         visitor = Visitor(address=handed.address, key=handed.key)
         opened = Opened(session=handed.session, wire=wire, visitor=visitor)
-        session = cls(host, opened, _NoSocket())
+        session = cls(host, opened, NoSocket())
         session._handed, session._spoken, session.token = True, True, token
         session._sample_rate = stream.sample_rate
         session._lane = lane = host.batcher.add(stream, stream.sample_rate, wire.draining)
@@ -231,13 +210,13 @@ class Session:
         """Serve over the socket until it is done with; whether the client has read all."""
         try:
             if arrival is not None:
-                self._socket = arrival.socket
+                self._outlet = Outlet(arrival.socket, self._config.send_timeout)
             return await self._serve(arrival)
         except Gone as exc:
             self._log.info("client gone (%s)", exc)
-        except _UnreadError:
+        except UnreadError:
             self._log.info("client does not read; cut off")
-            await self._cut()
+            await self._outlet.cut()
         return False
 
     async def _wait_for_client(self) -> _Arrival | None:
@@ -251,7 +230,6 @@ class Session:
         if self.token is None or leaves or not self._host.may_park:
             self._wire.lost()
             return None
-        self._outgoing.clear()  # the protocol has kept them
         self._back = asyncio.get_running_loop().create_future()
         self._idle.set()
         self._log.info("waits for its client")
@@ -289,7 +267,7 @@ class Session:
 
     def abort(self) -> None:
         """Cut the connection."""
-        self._socket.abort()
+        self._outlet.socket.abort()
 
     async def fail(self, error: Exception) -> None:
         """Tell the client why it cannot go on, and close."""
@@ -298,7 +276,7 @@ class Session:
         self._metrics.failed(known.code)
         try:
             await self._perform(self._wire.error(error))
-        except (Gone, _UnreadError):
+        except (Gone, UnreadError):
             self.abort()
         else:
             await self._close()
@@ -386,7 +364,7 @@ class Session:
     async def _read_all(self) -> None:
         while self._close_with is None and self._heir is None:
             async with asyncio.timeout(None if self._wire.draining else self._patience):
-                message = await self._socket.receive()
+                message = await self._outlet.socket.receive()
             self._spoken = True
             self._meter.message(len(message), time.monotonic())
             await self._perform(self._wire.receive(message))
@@ -397,11 +375,7 @@ class Session:
     async def _perform(self, actions: Actions) -> None:
         """Do what the protocol wants; messages go out first, in the order they were made in."""
         if said := [action.text for action in actions if isinstance(action, Send)]:
-            # All are in line before this waits for anything: the other task may go on then.
-            self._outgoing.extend(said)
-            async with self._sending:
-                while self._outgoing:
-                    await self._send(self._outgoing.popleft())
+            await self._outlet.send(said)
         for action in actions:
             match action:
                 case Open():
@@ -480,44 +454,12 @@ class Session:
             for actions in [self._wire.event(*update) for update in updates]:
                 await self._perform(actions)
 
-    async def _send(self, text: str) -> None:
-        try:
-            async with asyncio.timeout(self._config.send_timeout):
-                await self._socket.send(text)
-        except TimeoutError:
-            raise _UnreadError from None
-
-    async def _cut(self) -> None:
-        """Say why, should the client read again soon, and cut the connection."""
-        reason = f"messages were left unread for {self._config.send_timeout:g} s"
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
-                await self._socket.close(POLICY_VIOLATION, reason)
-        self.abort()
-
     async def _close(self) -> bool:
         close = self._close_with or Close()
         code = close.code
         if self._stopping and code == NORMAL_CLOSURE:
             code = GOING_AWAY
-        # A close frame holds 125 bytes, two of them the code.
-        reason = close.reason.encode()[:123].decode(errors="ignore")
-        # The client's answer comes behind all that it has sent, which nobody wants any more.
-        discard = asyncio.create_task(self._discard())
-        try:
-            async with asyncio.timeout(self._config.send_timeout):
-                return await self._socket.close(code, reason)
-        except TimeoutError:
-            self.abort()
-            return False
-        finally:
-            discard.cancel()
-            await asyncio.wait([discard])
-
-    async def _discard(self) -> None:
-        with contextlib.suppress(Gone):
-            while True:
-                await self._socket.receive()
+        return await self._outlet.close(code, close.reason)
 
 
 def _name_of(wire: WireSession) -> str:
@@ -532,23 +474,3 @@ class _Arrival:
     socket: Socket
     seq: int
     done: asyncio.Event  # the socket is not needed any more
-
-
-class _NoSocket:
-    """Of a session that has no connection yet."""
-
-    async def receive(self) -> str | bytes:
-        raise Gone("no connection")
-
-    async def send(self, text: str) -> None:
-        raise Gone("no connection")
-
-    async def close(self, code: int, reason: str) -> bool:
-        return False
-
-    def abort(self) -> None:
-        pass
-
-
-class _UnreadError(Exception):
-    """The client has not read our messages for too long."""

@@ -23,9 +23,10 @@ from websockets.typing import Subprotocol
 
 from loquent.engine import web
 from loquent.engine.batcher import Batcher
-from loquent.engine.driver import Gone, Session
+from loquent.engine.driver import Session
 from loquent.engine.host import Host, Opened, ServerConfig
 from loquent.engine.metrics import CONTENT_TYPE
+from loquent.engine.outlet import Gone
 from loquent.engine.protocol import MAX_MESSAGE
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.rest import FileRequest

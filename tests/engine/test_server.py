@@ -629,7 +629,7 @@ async def test_when_the_engine_fails_every_client_is_told_and_the_server_lives_o
             await connection.send(START)
             await connection.recv()
         with monkeypatch.context() as patch:
-            patch.setattr(recognizer._encoder, "step", fail)
+            patch.setattr(recognizer._encoder, "advance", fail)
             for connection in connections:
                 await connection.send(encode(speech, "s16le"))
             for connection in connections:
