@@ -17,14 +17,13 @@ from loquent.engine.protocol import (
     End,
     Progress,
     Ready,
-    ServerProtocol,
     Standing,
     Start,
-    State,
     WireError,
     as_wire_error,
     encode_progress,
 )
+from loquent.engine.wire.conversation import ServerProtocol, State
 from loquent.engine.wire.session import (
     Actions,
     Close,

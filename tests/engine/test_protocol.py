@@ -18,22 +18,19 @@ from loquent.engine.protocol import (
     END,
     FINALIZE,
     MAX_MESSAGE,
-    TRANSITIONS,
     Audio,
     End,
     Finalize,
     Progress,
     Ready,
-    ServerProtocol,
     SetHotwords,
-    Signal,
     Start,
-    State,
     WireError,
     as_wire_error,
     decode_message,
     encode_event,
 )
+from loquent.engine.wire.conversation import TRANSITIONS, ServerProtocol, Signal, State
 
 START = Start(sample_rate=16000, chunk_ms=320)
 WORDS = (
