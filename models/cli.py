@@ -99,10 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--kd-text", type=float, default=0.0, help="of its score of the text")
     group.add_argument("--kd-features", type=float, default=0.0, help="of its encoder's output")
     group.add_argument("--kd-metric", choices=("cosine", "l2"), default="cosine")
-    group.add_argument("--kd-lattice", type=float, default=0.0, help="of --kd-beside's lattice")
     group.add_argument(
-        "--kd-beside", type=Path, help="checkpoint of a student whose transducer is the teacher"
+        "--kd-beside", type=Path, help="checkpoint of a student that hears the same batches"
     )
+    group.add_argument(
+        "--kd-beside-ctc", type=float, default=0.0, help="of its CTC posteriors, frame by frame"
+    )
+    group.add_argument("--kd-lattice", type=float, default=0.0, help="of its transducer's lattice")
     return parser
 
 
@@ -159,14 +162,17 @@ def _distillation(args: argparse.Namespace) -> Distillation:
     """The weights, of which those of the folder are 0 without one."""
     if args.distil is None and (args.kd_text or args.kd_features):
         raise DataError("--kd-text and --kd-features need --distil FOLDER")
-    if (args.kd_beside is None) != (args.kd_lattice == 0):
-        raise DataError("--kd-lattice WEIGHT and --kd-beside CHECKPOINT go together")
+    if (args.kd_beside is None) != (args.kd_lattice == 0 and args.kd_beside_ctc == 0):
+        raise DataError(
+            "--kd-beside CHECKPOINT goes with --kd-beside-ctc WEIGHT, --kd-lattice WEIGHT or both"
+        )
     return Distillation(
         ctc=args.kd_ctc if args.distil else 0.0,
         delay=args.kd_delay,
         full_sum=args.kd_text,
         features=args.kd_features,
         metric=args.kd_metric,
+        beside=args.kd_beside_ctc,
         lattice=args.kd_lattice,
     )
 
@@ -189,7 +195,7 @@ def _teachers(
     if args.kd_beside:
         checkpoint = load_checkpoint(args.kd_beside)
         beside, other = checkpoint.student, checkpoint.tokenizer
-        if not beside.config.joiner_dim:
+        if args.kd_lattice and not beside.config.joiner_dim:
             raise DataError(f"{args.kd_beside}: has no transducer")
     if other is not None and other.model != tokenizer.model:
         raise DataError(

@@ -32,7 +32,9 @@ class Distillation:
         full_sum: the log-posterior of the whole text (:func:`full_sum`).
         features: the encoder's output (:func:`feature_distance`).
         metric: distance of the encoder's output.
-        lattice: the transducer's lattice (:func:`lattice`), of a teacher that runs beside.
+        beside: frame by frame, the CTC posteriors of a student that runs beside, which hears the
+            same chunks of the same changed audio (:func:`same_frames`).
+        lattice: the transducer's lattice (:func:`lattice`), of the student beside.
     """
 
     ctc: float = 0.0
@@ -40,6 +42,7 @@ class Distillation:
     full_sum: float = 0.0
     features: float = 0.0
     metric: Metric = "cosine"
+    beside: float = 0.0
     lattice: float = 0.0
 
 
@@ -174,6 +177,18 @@ def delayed_ctc(log_probs_BNV: Tensor, signals: Signals, frames_B: Tensor, delay
         best = mean_B if best is None else torch.minimum(best, mean_B)
     assert best is not None
     return torch.where(count_B > 0, best, torch.zeros_like(best)) * count_B
+
+
+def same_frames(own_BNV: Tensor, theirs_BNV: Tensor, frames_B: Tensor) -> Tensor:
+    """KL divergence of each utterance from the teacher's posteriors to ours, (B,) in nats.
+
+    Args:
+        own_BNV, theirs_BNV: log-probabilities at the same frames.
+        frames_B: valid lengths.
+    """
+    each_BN = F.kl_div(own_BNV, theirs_BNV, reduction="none", log_target=True).sum(2)
+    real_BN = torch.arange(each_BN.shape[1], device=each_BN.device) < frames_B[:, None]
+    return torch.where(real_BN, each_BN, 0.0).sum(1)
 
 
 def full_sum(student_B: Tensor, teacher_B: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from loquent.models.distillation import (
     feature_distance,
     full_sum,
     lattice,
+    same_frames,
     three_way,
 )
 from loquent.models.loop import Loop, LoopConfig
@@ -108,7 +109,7 @@ class Objective(nn.Module):
         student: to be trained.
         config: weights of the terms.
         teacher_width: of the teacher's encoder output, if features are distilled.
-        beside: a student with a transducer, for the lattice term; it does not learn.
+        beside: another student, for the terms ``beside`` and ``lattice``; it does not learn.
     """
 
     def __init__(
@@ -181,8 +182,14 @@ class Objective(nn.Module):
                 own = self.features(encoded).float()
                 kd = feature_distance(own, signals.features_BNE, signals.real_BN, d.metric)
                 terms["kd_features"] = kd, d.features
-        if d.lattice and self._beside and losses.logits_BNUV is not None:
-            beside = self._beside[0].to(encoded.device)
+        beside = self._beside[0].to(encoded.device) if self._beside else None
+        if d.beside and beside is not None and losses.log_probs_BNV is not None:
+            with torch.no_grad():
+                heard, _ = beside(batch.x_BTF, batch.lengths_B, drawn.segment, drawn.right, start)
+                theirs = beside.ctc_log_probs(heard)
+            kd = same_frames(losses.log_probs_BNV, theirs, frames)
+            terms["kd_beside"] = kd.sum(), d.beside
+        if d.lattice and beside is not None and losses.logits_BNUV is not None:
             blank = self.student.config.blank
             with torch.no_grad():
                 heard, _ = beside(batch.x_BTF, batch.lengths_B, WHOLE, drawn.right, start)
@@ -207,7 +214,7 @@ class Trainer(Loop[Drawn]):
         origin: what the weights started from, kept in the checkpoint for the model card.
         noise: features of recorded noise, to be added to the speech.
         teacher: what a teacher said about the utterances, for ``config.distil``.
-        beside: a student with a transducer for ``config.distil.lattice``.
+        beside: another student, for the terms ``beside`` and ``lattice`` of ``config.distil``.
     """
 
     config: TrainConfig

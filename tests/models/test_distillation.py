@@ -25,6 +25,7 @@ from loquent.models.distillation import (
     full_sum,
     lattice,
     resample,
+    same_frames,
     three_way,
 )
 from loquent.models.posteriors import Posteriors, PosteriorWriter
@@ -52,6 +53,24 @@ def signals_of(seed: int = 0, dtype: torch.dtype = torch.float64) -> Signals:
 def log_probs(seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.log_softmax(torch.randn(B, N, V, generator=generator, dtype=torch.float64), -1)
+
+
+def test_same_frames_is_the_divergence_of_the_real_frames() -> None:
+    own, theirs = log_probs(1).requires_grad_(), log_probs(2)
+    frames = torch.tensor([N, 4, 0])
+    got = same_frames(own, theirs, frames)
+    for b, count in enumerate(frames.tolist()):
+        expected = sum(
+            math.exp(theirs[b, n, v]) * (theirs[b, n, v] - own[b, n, v]).item()
+            for n in range(count)
+            for v in range(V)
+        )
+        assert got[b].item() == pytest.approx(expected)
+    assert same_frames(theirs, theirs, frames).abs().max() < 1e-12
+    got.sum().backward()
+    assert own.grad is not None
+    assert not own.grad[1, 4:].any()
+    assert own.grad[1, :4].all()
 
 
 @pytest.mark.parametrize("delay", [0, 1, 3])

@@ -187,6 +187,7 @@ def test_whisper_teacher_and_a_lattice_beside(
     tiny_config: Config,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.manual_seed(0)
     source = tmp_path / "whisper"
@@ -253,9 +254,12 @@ def test_whisper_teacher_and_a_lattice_beside(
     tokens = heard / "tokens.spm"
     shared = options(features=features, rnnt_from=0, tokens=tokens)
     assert cli.main([*loop(corpus, first), *shared]) == 0
-    beside = options(kd_lattice=0.5, kd_beside=first / "last")
+    beside = options(kd_lattice=0.5, kd_beside_ctc=0.5, kd_beside=first / "last", seed=2)
     assert cli.main([*loop(corpus, second), *shared, *beside]) == 0
-    assert float(columns(second)["kd_lattice"]) > 0
+    assert all(float(columns(second)[name]) > 0 for name in ("kd_lattice", "kd_beside"))
+    with pytest.raises(SystemExit):
+        cli.main([*loop(corpus, second), *shared, *options(kd_beside=first / "last")])
+    assert "--kd-beside CHECKPOINT goes with" in capsys.readouterr().err
 
 
 # Batches
