@@ -11,6 +11,7 @@ TLS, the size of messages (uvicorn: ``--ws-max-size``), and how long it waits at
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -185,6 +186,7 @@ class _Socket:
         self._receive, self._send = receive, send
         self._over = False  # either side has closed
         self._answered = False  # the other one has
+        self._closing: asyncio.Task[None] | None = None
 
     async def receive(self) -> str | bytes:
         if self._over:
@@ -226,8 +228,14 @@ class _Socket:
         return self._answered
 
     def abort(self) -> None:
-        # ASGI has no way to cut a connection; it ends when the application returns.
-        self._over = True
+        # ASGI has no way to cut a connection, and the application may go on for another one.
+        if not self._over:
+            self._over = True
+            self._closing = asyncio.create_task(self._part())
+
+    async def _part(self) -> None:
+        with contextlib.suppress(Exception):  # each ASGI server has its own for one that is gone
+            await self._send({"type": "websocket.close", "code": 1001, "reason": ""})
 
 
 def _headers(scope: Scope) -> dict[str, str]:

@@ -75,8 +75,8 @@ class Session:
         self._reader: asyncio.Task[None] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._stopping = False
-        self._leaving = False  # for another server ...
-        self._deserted = False  # ... to which the client has gone already
+        self._leaving = False  # for another server
+        self._deserted = False  # the client is on another connection already
         self._meter = Meter(self._config.limits, time.monotonic())
         self._heard = 0.0  # seconds of audio in the messages since the meter looked
         self._sample_rate = 1
@@ -197,6 +197,8 @@ class Session:
     async def adopt(self, socket: Socket, seq: int) -> None:
         """Go on over a socket for a client with the events up to `seq`, until it is done."""
         if self._back is None:  # the old connection is dead, and nobody has noticed
+            self._deserted = True
+            self._stop_reading()
             self.abort()
         async with asyncio.timeout(self._config.send_timeout):
             await self._idle.wait()
@@ -230,6 +232,7 @@ class Session:
         if self.token is None or leaves or not self._host.may_park:
             self._wire.lost()
             return None
+        self._deserted = False
         self._back = asyncio.get_running_loop().create_future()
         self._idle.set()
         self._log.info("waits for its client")
@@ -297,6 +300,8 @@ class Session:
                 self._reader.result()
             if self._heir is not None:
                 return True
+            if self._deserted and not self._leaving:
+                raise Gone("came back on another connection")
             if self._close_with is None and self._leaving and await self._hand_over():
                 if self._deserted:
                     self.abort()

@@ -18,7 +18,7 @@ from loquent.clients.client import connect
 from loquent.engine.asgi import App
 from loquent.engine.events import Ended, Event, Final
 from loquent.engine.host import ServerConfig
-from loquent.engine.protocol import END, Start
+from loquent.engine.protocol import END, Resume, Start
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.transcription import PATH
 
@@ -77,6 +77,32 @@ async def test_a_session_says_what_the_offline_recogniser_says(
     assert [m["text"] for m in messages if m["type"] == "final"] == finals
     assert messages[-1]["type"] == "ended"
     await app.stop()
+
+
+async def test_a_client_comes_back_while_its_old_connection_seems_alive(tiny: Recognizer) -> None:
+    app = await app_of(tiny, max_sessions=1)
+
+    async def connected(hello: str, query: bytes = b"") -> tuple[Client, Message]:
+        client = Client(app, "websocket", "/v1/stream", query_string=query)
+        client.to_app.put_nowait({"type": "websocket.connect"})
+        assert (await client.get())["type"] == "websocket.accept"
+        client.to_app.put_nowait({"type": "websocket.receive", "text": hello})
+        return client, json.loads((await client.get())["text"])
+
+    old, ready = await connected(Start(sample_rate=16000, resume=True).encode())
+    for _ in range(2):
+        hello = Resume(token=ready["resume"]["token"]).encode()
+        new, again = await connected(hello, b"resume=1")
+        assert again["session"] == ready["session"]
+        assert (await old.get())["type"] == "websocket.close"
+        old = new
+    new.to_app.put_nowait({"type": "websocket.receive", "text": END})
+    assert json.loads((await new.get())["text"])["type"] == "ended"
+    assert (await new.get())["type"] == "websocket.close"
+    new.to_app.put_nowait({"type": "websocket.disconnect", "code": 1000})
+    await asyncio.wait_for(new.task, 10)
+    await app.stop()
+    assert not app.host.sessions
 
 
 @pytest.mark.parametrize(
