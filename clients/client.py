@@ -219,7 +219,7 @@ class Session:
             except WireError as exc:
                 if exc.code != "busy" or time.monotonic() > deadline:
                     raise
-            await asyncio.sleep(min(0.1 * 2**attempt, 3.0) * random.uniform(0.5, 1.0))
+            await asyncio.sleep(min(0.1 * 2**attempt, 1.0) * random.uniform(0.5, 1.0))
 
     async def _replay(self, standing: Standing) -> None:
         pieces: list[tuple[int, bytes | str]] = []
