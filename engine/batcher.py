@@ -100,6 +100,7 @@ class Lane:
         self.finalizes = 0  # calls of `finalize` so far ...
         self.finalized = 0  # ... and how many of them the stream has
         self._state = _State.of(stream)
+        self._out = False  # a round has the stream
         self._progress = Progress(received=0.0, processed=0.0)
         self._finishing = self._finished = finished
         self._outbox: list[Update] = []
@@ -166,11 +167,6 @@ class Lane:
             raise self._error
         updates, self._outbox = self._outbox, []
         return data, updates
-
-    @property
-    def taken(self) -> int:
-        """Samples that the stream has taken."""
-        return round(self._stream.received * self._sample_rate)
 
     @property
     def finished(self) -> bool:
@@ -253,7 +249,18 @@ class Lane:
             or self._finishing
         )
 
+    def _forget(self) -> None:
+        """Let go of the stream, unless a round has it.
+
+        Now, not when Python's collector finds the cycles of tasks and tracebacks that the session
+        is in: that can be minutes and a megabyte or more for each session later.
+        """
+        if not self._out:
+            self.__dict__.pop("_stream", None)
+            self._inbox.clear()
+
     def _take(self) -> _Job:
+        self._out = True
         pieces, self._inbox = self._inbox, Inbox()
         return _Job(
             lane=self,
@@ -265,6 +272,7 @@ class Lane:
         )
 
     def _give_back(self, job: _Job, now: float) -> None:
+        self._out = False
         job.pieces.extend(self._inbox)  # what arrived meanwhile comes after what was left over
         self._inbox = job.pieces
         self._waiting -= job.accepted
@@ -497,6 +505,7 @@ class Batcher:
     def remove(self, lane: Lane) -> None:
         """Forget a lane. Idempotent."""
         self._lanes.pop(lane, None)
+        lane._forget()
 
     def drop(self, partials: int) -> None:
         """Count partials that nobody will see."""
@@ -529,6 +538,7 @@ class Batcher:
                 # A mistake of ours, not of one session: nobody may be left waiting for ever.
                 logger.exception("the batcher failed")
                 for lane in list(self._lanes):
+                    lane._out = False
                     lane._fail(exc)
 
     def _finish_round(self, jobs: Iterable[_Job]) -> None:
@@ -536,7 +546,9 @@ class Batcher:
         for job in jobs:
             self.drop(job.dropped)
             job.lane._give_back(job, now)
-            if job.stepped and job.lane in self._lanes:  # whoever was served queues up again
+            if job.lane not in self._lanes:
+                job.lane._forget()
+            elif job.stepped:  # whoever was served queues up again
                 self._lanes[job.lane] = self._lanes.pop(job.lane)
 
     # Everything below runs in the worker thread.

@@ -15,9 +15,9 @@ Shapes: H hypotheses of a stream, K frames, J joiner size, V tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +49,22 @@ class Hypothesis:
             RNN-T does not score.
         blank, token: of the alignments by CTC that end with blank, and with the last token; 0 and
             minus infinity where CTC does not score.
+        total: the score, words and all, once :meth:`weigh` was called.
         longer: a memo of ``ids`` and ``words`` with one more token.
     """
 
-    __slots__ = ("blank", "context", "ids", "last", "longer", "rnnt", "token", "tokens", "words")
+    __slots__ = (
+        "blank",
+        "context",
+        "ids",
+        "last",
+        "longer",
+        "rnnt",
+        "token",
+        "tokens",
+        "total",
+        "words",
+    )
 
     def __init__(
         self,
@@ -68,6 +80,7 @@ class Hypothesis:
         self.ids, self.tokens, self.last = ids, tokens, last
         self.words, self.context = words, context
         self.rnnt, self.blank, self.token = rnnt, blank, token
+        self.total = 0.0
         self.longer: dict[int, tuple[tuple[int, ...], Words]] = {}
 
     def scored(self, rnnt: float, blank: float, token: float) -> Hypothesis:
@@ -82,11 +95,12 @@ class Hypothesis:
         """The same with another view of its words."""
         other = self.settled(0)
         other.words = words
+        other.total += words.score - self.words.score
         return other
 
     def settled(self, count: int) -> Hypothesis:
         """The same after its first ``count`` tokens have been given out."""
-        return Hypothesis(
+        other = Hypothesis(
             self.ids[count:],
             self.tokens[count:],
             self.last,
@@ -96,10 +110,17 @@ class Hypothesis:
             self.blank,
             self.token,
         )
+        other.total = self.total
+        return other
 
     def acoustic(self, share: float) -> float:
         """The score without words, ``share`` of it CTC's."""
         return (1 - share) * self.rnnt + share * _add(self.blank, self.token)
+
+    def weigh(self, share: float) -> Hypothesis:
+        """This one, its total known."""
+        self.total = self.acoustic(share) + self.words.score
+        return self
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +134,7 @@ class BeamState:
 
     def best(self) -> Hypothesis:
         """The best hypothesis, its last word still growing."""
-        return max(self.hypotheses, key=lambda h: h.acoustic(self.share) + h.words.score)
+        return max(self.hypotheses, key=attrgetter("total"))
 
     @property
     def pending(self) -> tuple[Token, ...]:
@@ -173,7 +194,8 @@ class BeamSearch:
     def root(self, fusion: Fusion) -> Hypothesis:
         """What a sentence begins with."""
         context = self.model.start if self.model else None
-        return Hypothesis((), (), -1, fusion.start(), context, 0.0, 0.0, _NEVER)
+        root = Hypothesis((), (), -1, fusion.start(), context, 0.0, 0.0, _NEVER)
+        return root.weigh(self.share)
 
     def decode(self, jobs: Sequence[Job]) -> list[tuple[list[Frame], BeamState]]:
         """See :class:`~loquent.engine.decode.decoder.Decoder`."""
@@ -223,9 +245,7 @@ class BeamSearch:
             )
         rows = Rows(
             sizes=sizes,
-            totals=[
-                [h.acoustic(self.share) + h.words.score for h in beam.hypotheses] for beam in beams
-            ],
+            totals=[[h.total for h in beam.hypotheses] for beam in beams],
             last=[h.last for h in every],
             margins=[beam.rules.margin for beam in beams],
             most=[2 * beam.rules.beam for beam in beams],
@@ -272,8 +292,10 @@ class _Beam:
         if not self._blanks or (blank := self._blanks[k]) < _SURE:
             return False
         blank -= self.penalty
+        share = self._decoder.share
         self.hypotheses = [
-            h.scored(h.rnnt, _add(h.blank, h.token) + blank, _NEVER) for h in self.hypotheses
+            h.scored(h.rnnt, _add(h.blank, h.token) + blank, _NEVER).weigh(share)
+            for h in self.hypotheses
         ]
         self._speech = False
         return True
@@ -284,7 +306,10 @@ class _Beam:
         found = self._stay(scores)
         if scores.growths:
             self._grow(found, scores.growths, self._first + k)
-            self._prune(found)
+        for h in found.values():
+            h.weigh(self._decoder.share)
+        if scores.growths:
+            self._prune(found.values())
         else:
             self.hypotheses, self.grown = list(found.values()), []
 
@@ -333,14 +358,12 @@ class _Beam:
                 if listens:
                     h.token = _add(h.token, t)
 
-    def _prune(self, found: dict[tuple[int, ...], Hypothesis]) -> None:
+    def _prune(self, found: Iterable[Hypothesis]) -> None:
         """Keep the best, best first."""
-        share = self._decoder.share
-        ranked = [(h.acoustic(share) + h.words.score, h) for h in found.values()]
-        ranked.sort(key=itemgetter(0), reverse=True)
-        worst = ranked[0][0] - self.rules.margin
+        ranked = sorted(found, key=attrgetter("total"), reverse=True)
+        worst = ranked[0].total - self.rules.margin
         old = {h.ids for h in self.hypotheses}
-        self.hypotheses = [h for score, h in ranked[: self.rules.beam] if score >= worst]
+        self.hypotheses = [h for h in ranked[: self.rules.beam] if h.total >= worst]
         self.grown = [h for h in self.hypotheses if h.ids not in old]
 
     # -- what is settled ---------------------------------------------------------------------
@@ -350,7 +373,7 @@ class _Beam:
         number = self._heard = self._first + k
         due = number - PATIENCE
         if any(_speaks(h.tokens, due) for h in self.hypotheses):
-            scores = [h.acoustic(self._decoder.share) + h.words.score for h in self.hypotheses]
+            scores = [h.total for h in self.hypotheses]
             found = agreed(scores, [h.tokens for h in self.hypotheses], due, due + 1)
             for hypothesis, said in zip(self.hypotheses, found, strict=True):
                 hypothesis.tokens = said
