@@ -7,11 +7,14 @@ be mixed in, the delay of words measured, and other recognisers run on the same 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ from loquent.engine.recognizer import Recognizer
 from loquent.export.bench import time_decoders
 from loquent.export.card import write_card
 from loquent.export.emission import DelayMeter
+from loquent.export.kept import Kept, identity
 from loquent.export.peers import Peer, open_peers
 from loquent.export.results import (
     CLEAN,
@@ -230,6 +234,13 @@ def _parser() -> argparse.ArgumentParser:
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print one line of JSON and no tables")
     out.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="keep every finished setting here: the same command goes on where it was killed, and "
+        "other recognisers need not hear the same clips twice",
+    )
+    out.add_argument(
         "--lines", type=Path, metavar="FILE", help="what was heard in each clip, JSONL"
     )
     out.add_argument(
@@ -256,6 +267,7 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
         noise = open_noise(args.noise)
         conditions += [Clips(utterances, noise, snr) for snr in args.snr]
     batch = args.batch or (1 if peers else BATCH)
+    kept = Kept(args.resume)
     sources = args.bundle or ["en"]
     results: list[Result] = []
 
@@ -281,23 +293,36 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
         decoders, chunks = args.decoder or bundle.decoders, args.chunk_ms or bundle.chunks_ms
         speeds = _speeds(recognizer, decoders, chunks) if args.speed else {}
         for clips in conditions:
-            for decoder in decoders:
-                for chunk_ms in chunks:
-                    note(
-                        evaluate(
-                            recognizer,
-                            clips,
-                            decoder=decoder,
-                            chunk_ms=chunk_ms,
-                            batch=batch,
-                            delays=meter,
-                            steps_ms=speeds.get((decoder, chunk_ms)),
-                        )
-                    )
+            for decoder, chunk_ms in itertools.product(decoders, chunks):
+                key = {
+                    **_condition(clips, args),
+                    "bundle": identity(bundle),
+                    "decoder": decoder,
+                    "chunk_ms": chunk_ms,
+                    "batch": batch,
+                    "delays": args.aligner or args.delay,
+                }
+                measure = partial(
+                    evaluate,
+                    recognizer,
+                    clips,
+                    decoder=decoder,
+                    chunk_ms=chunk_ms,
+                    batch=batch,
+                    delays=meter,
+                )
+                found = kept.result(key, utterances, measure)
+                steps_ms = speeds.get((decoder, chunk_ms), {})
+                note(dataclasses.replace(found, steps_ms=steps_ms))
     for name, peer in peers.items():
         for clips in conditions:
-            note(evaluate_peer(name, peer, clips))
+            key = {**_condition(clips, args), "peer": name, "model": folders.get(name)}
+            note(kept.result(key, utterances, partial(evaluate_peer, name, peer, clips)))
     return results, sources
+
+
+def _condition(clips: Clips, args: argparse.Namespace) -> dict[str, object]:
+    return {"noise": clips.label, "from": "" if clips.noise is None else str(args.noise)}
 
 
 def _speeds(

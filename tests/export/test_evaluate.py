@@ -14,6 +14,7 @@ import pytest
 from loquent.engine.audio import load_audio
 from loquent.engine.bundle import DECODERS, Bundle
 from loquent.engine.recognizer import Recognizer
+from loquent.export import evaluate as evaluate_module
 from loquent.export.evaluate import evaluate, main, transcribe_all
 from loquent.models.align import BundleCtc, align
 from loquent.models.data import Utterance, read_manifest
@@ -121,6 +122,48 @@ def test_noise_delay_lines_and_card(
         assert part in card
     # The bundle still loads, and knows its scores.
     assert [row["wer"] for row in Bundle.load(bundle).manifest["scores"]] == [0.0, noisy["wer"]]
+
+
+def test_a_killed_evaluation_goes_on(
+    fp32: Any,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept = tmp_path / "kept"
+    options = ["--bundle", str(fp32.folder), "--chunk-ms", "80", "--chunk-ms", "320"]
+    options += ["--decoder", "ctc", "--delay", "--json", "--resume", str(kept)]
+    measured: list[float] = []
+    real = evaluate_module.evaluate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        measured.append(kwargs["chunk_ms"])
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate_module, "evaluate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(corpus), *options])
+    assert main([str(corpus), *options]) == 0
+    first = capsys.readouterr().out
+    assert measured == [80, 320, 320]
+    assert main([str(corpus), *options]) == 0
+    assert capsys.readouterr().out == first  # processor time and all
+    assert measured == [80, 320, 320]
+    # What is damaged, and what was heard of other clips, is measured anew.
+    for file in kept.iterdir():
+        file.write_text("{")
+    assert main([str(corpus), *options]) == 0
+    assert measured[3:] == [80, 320]
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    other = tmp_path / "other.jsonl"
+    for row in rows:
+        row["audio"] = str(corpus.parent / row["audio"])
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+    assert main([str(other), *options]) == 0
+    assert len(measured) == 7
 
 
 def test_alignment_finds_the_tones(fp32: Any, utterances: list[Utterance]) -> None:
