@@ -31,9 +31,9 @@ from loquent.engine.calm import Calm
 from loquent.engine.chunker import Chunker
 from loquent.engine.decode import Frame, Token
 from loquent.engine.decode.beam import BeamState
-from loquent.engine.decode.beam import Hypothesis as Prefix
 from loquent.engine.decode.ctc import CtcState
 from loquent.engine.decode.fusion import BeamRules, Fusion, Words
+from loquent.engine.decode.hypothesis import Hypothesis as Prefix
 from loquent.engine.decode.leaning import Leaning
 from loquent.engine.decode.rnnt import RnntState
 from loquent.engine.decode.transducer import Context

@@ -25,102 +25,16 @@ from numpy.typing import NDArray
 from loquent.engine.decode import Frame, Token
 from loquent.engine.decode.agreement import PATIENCE, agreed
 from loquent.engine.decode.decoder import Job, Settings
-from loquent.engine.decode.fusion import Fusion, Words
+from loquent.engine.decode.fusion import Fusion
+from loquent.engine.decode.hypothesis import NEVER, Hypothesis, log_add
 from loquent.engine.decode.scores import Growth, Rows, Scores, score
-from loquent.engine.decode.transducer import Context, Transducer, log_softmax
+from loquent.engine.decode.transducer import Transducer, log_softmax
 from loquent.engine.hotwords import HotwordGraph
 
 Float32 = NDArray[np.float32]
-_NEVER = -math.inf
 _NOTHING: Float32 = np.zeros((0, 0), np.float32)
 # A frame that is blank by CTC with this probability does nothing but end a repetition.
 _SURE = math.log(0.98)
-
-
-class Hypothesis:
-    """Tokens that are not settled, what is known of all before them, and how likely they are.
-
-    Attributes:
-        ids, tokens: that are not settled.
-        last: the last token, settled or not; -1 at the start.
-        words: the language model's view.
-        context: the predictor's, if RNN-T scores.
-        rnnt: probability of all alignments by RNN-T (natural logarithm, as all of them); 0 where
-            RNN-T does not score.
-        blank, token: of the alignments by CTC that end with blank, and with the last token; 0 and
-            minus infinity where CTC does not score.
-        total: the score, words and all, once :meth:`weigh` was called.
-        longer: a memo of ``ids`` and ``words`` with one more token.
-    """
-
-    __slots__ = (
-        "blank",
-        "context",
-        "ids",
-        "last",
-        "longer",
-        "rnnt",
-        "token",
-        "tokens",
-        "total",
-        "words",
-    )
-
-    def __init__(
-        self,
-        ids: tuple[int, ...],
-        tokens: tuple[Token, ...],
-        last: int,
-        words: Words,
-        context: Context | None,
-        rnnt: float,
-        blank: float,
-        token: float,
-    ) -> None:
-        self.ids, self.tokens, self.last = ids, tokens, last
-        self.words, self.context = words, context
-        self.rnnt, self.blank, self.token = rnnt, blank, token
-        self.total = 0.0
-        self.longer: dict[int, tuple[tuple[int, ...], Words]] = {}
-
-    def scored(self, rnnt: float, blank: float, token: float) -> Hypothesis:
-        """The same with other probabilities."""
-        other = Hypothesis(
-            self.ids, self.tokens, self.last, self.words, self.context, rnnt, blank, token
-        )
-        other.longer = self.longer
-        return other
-
-    def reworded(self, words: Words) -> Hypothesis:
-        """The same with another view of its words."""
-        other = self.settled(0)
-        other.words = words
-        other.total += words.score - self.words.score
-        return other
-
-    def settled(self, count: int) -> Hypothesis:
-        """The same after its first ``count`` tokens have been given out."""
-        other = Hypothesis(
-            self.ids[count:],
-            self.tokens[count:],
-            self.last,
-            self.words,
-            self.context,
-            self.rnnt,
-            self.blank,
-            self.token,
-        )
-        other.total = self.total
-        return other
-
-    def acoustic(self, share: float) -> float:
-        """The score without words, ``share`` of it CTC's."""
-        return (1 - share) * self.rnnt + share * _add(self.blank, self.token)
-
-    def weigh(self, share: float) -> Hypothesis:
-        """This one, its total known."""
-        self.total = self.acoustic(share) + self.words.score
-        return self
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,7 +108,7 @@ class BeamSearch:
     def root(self, fusion: Fusion) -> Hypothesis:
         """What a sentence begins with."""
         context = self.model.start if self.model else None
-        root = Hypothesis((), (), -1, fusion.start(), context, 0.0, 0.0, _NEVER)
+        root = Hypothesis((), (), -1, fusion.start(), context, 0.0, 0.0, NEVER)
         return root.weigh(self.share)
 
     def decode(self, jobs: Sequence[Job]) -> list[tuple[list[Frame], BeamState]]:
@@ -294,7 +208,7 @@ class _Beam:
         blank -= self.penalty
         share = self._decoder.share
         self.hypotheses = [
-            h.scored(h.rnnt, _add(h.blank, h.token) + blank, _NEVER).weigh(share)
+            h.scored(h.rnnt, log_add(h.blank, h.token) + blank, NEVER).weigh(share)
             for h in self.hypotheses
         ]
         self._speech = False
@@ -322,7 +236,7 @@ class _Beam:
             if scores.stay:
                 r += scores.stay[i]
             if scores.hold:
-                b, t = _add(b, t) + silence, t + scores.hold[i] if h.last >= 0 else _NEVER
+                b, t = log_add(b, t) + silence, t + scores.hold[i] if h.last >= 0 else NEVER
             found[h.ids] = h.scored(r, b, t)
         return found
 
@@ -337,7 +251,7 @@ class _Beam:
             r, t = parent.rnnt + rnnt, parent.token
             if listens:
                 # The same token twice in a row is two tokens only with a blank in between.
-                t = parent.blank if token == parent.last else _add(parent.blank, t)
+                t = parent.blank if token == parent.last else log_add(parent.blank, t)
                 t += ctc
             longer = parent.longer.get(token)
             if longer is None:
@@ -347,16 +261,16 @@ class _Beam:
             h = found.get(ids)
             if h is None:
                 tokens = (*parent.tokens, Token(token, number, both))
-                b = _NEVER if listens else parent.blank
+                b = NEVER if listens else parent.blank
                 found[ids] = Hypothesis(ids, tokens, token, words, parent.context, r, b, t)
             else:
                 # It was said where it is likeliest, not where it was first thought of.
                 if both > h.tokens[-1].logp:
                     h.tokens = (*h.tokens[:-1], Token(token, number, both))
                 if transduces:
-                    h.rnnt = _add(h.rnnt, r)
+                    h.rnnt = log_add(h.rnnt, r)
                 if listens:
-                    h.token = _add(h.token, t)
+                    h.token = log_add(h.token, t)
 
     def _prune(self, found: Iterable[Hypothesis]) -> None:
         """Keep the best, best first."""
@@ -401,14 +315,6 @@ class _Beam:
         if shared:
             self.hypotheses = [h.settled(shared) for h in self.hypotheses]
         return best.tokens[:shared]
-
-
-def _add(a: float, b: float) -> float:
-    """log(exp(a) + exp(b))."""
-    if a < b:
-        a, b = b, a
-    # e^-37 is below the resolution of a double; two impossible scores have no difference.
-    return a if b == _NEVER or b < a - 37.0 else a + math.log1p(math.exp(b - a))
 
 
 def _speaks(tokens: Sequence[Token], frame: int) -> bool:
