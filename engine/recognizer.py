@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from loquent.engine import snapshot
 from loquent.engine.bundle import HEADS, Bundle, DecoderName
+from loquent.engine.calm import Loudness
 from loquent.engine.decode import Frame
 from loquent.engine.decode.decoder import Job, Search, Settings
 from loquent.engine.decoders import Decoders
@@ -53,6 +54,7 @@ class Recognizer:
             raise ConfigError(f"got threads {threads}, expected 1 or more")
         self.bundle = bundle
         self._encoder = OnnxEncoder(bundle, threads=threads, device=device)
+        self._loudness = Loudness(bundle.features)
         self._threads = threads
         self._decoders = Decoders(bundle, threads=threads, device=device)
         # Sessions with the same list share its automaton.
@@ -242,7 +244,7 @@ class Recognizer:
         )
         count = len(stream.frames())
         (stream.encoder_state,) = advance.keep()
-        stream.advance()
+        stream.advance(self._loudness(window))
         return {head: rows[0, :count] for head, rows in frames.items()}
 
     def transcribe(
@@ -290,12 +292,13 @@ class Recognizer:
             decoded += zip(rows, self._decoders[name].decode(jobs), strict=True)
         # No network runs from here on: a step that fails has changed no stream and may be repeated.
         slots = advance.keep()
+        levels = self._loudness(batch)
         for i, (said, search) in decoded:
             stream = streams[i]
             stream.search, stream.encoder_state = search, slots[i]
             stream.transcript.accept(said)
             stream.transcript.pending = search.pending
-            stream.advance()
+            stream.advance(levels[i])
 
 
 def _job(stream: Stream, frames: Mapping[str, Float32]) -> Job:

@@ -324,11 +324,16 @@ class Stream:
         first = self._chunker.start // self._subsampling
         return range(first, first - (-self._chunker.valid // self._subsampling))
 
-    def advance(self) -> None:
-        """The window is done: say what is new and move on to the next one."""
+    def advance(self, levels: Float32) -> None:
+        """The window is done: say what is new and move on to the next one.
+
+        Args:
+            levels: how loud the window was.
+        """
         self.transcript.show()
         # On a branch the state is dropped anyway, and the trunk will hear the same frames.
-        calm = self._trunk is None and self._calm.accept(self._chunker.window(), self.segment)
+        right = self._chunker.length - self.segment
+        calm = self._trunk is None and self._calm.accept(levels, self.segment, right)
         if self.transcript.forget_encoder(calm=calm):
             self.encoder_state = self._fresh
         self._chunker.advance()

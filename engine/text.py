@@ -91,6 +91,11 @@ class Hypothesis:
         return bool(self._settled)
 
     @property
+    def growing(self) -> tuple[Token, ...]:
+        """The growing word's tokens."""
+        return tuple(self._growing)
+
+    @property
     def growing_since(self) -> int | None:
         """Frame of the first token of the last word, None if there is none."""
         return self._growing[0].frame if self._growing else None

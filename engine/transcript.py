@@ -38,6 +38,11 @@ class Echo:
         """Those of the tokens that follow which are new."""
         return [token for token in tokens if self._is_new(token)]
 
+    @property
+    def left(self) -> tuple[tuple[int, ...], bool, int]:
+        """All that decides on the next token."""
+        return self._said, self._same, self.until
+
     def _is_new(self, token: Token) -> bool:
         if not self._same:
             return token.frame >= self.until
@@ -87,6 +92,7 @@ class Transcript:
         self._frame = -1  # the last one heard
         self._segment = 0
         self._shown = ""
+        self._told: tuple[object, ...] | None = None  # that, and all that it was made of
         self._since = 0.0  # start of what was last shown
         self._echo = Echo()
         self._branch: list[Token] | None = None  # what a branch has heard
@@ -129,6 +135,9 @@ class Transcript:
         A beam search may take back all it said: then the text is empty.
         """
         committed = self._hypothesis.committed
+        told = (self._shown, committed, self._hypothesis.growing, self.pending, self._echo.left)
+        if told == self._told:
+            return  # nothing has moved, as in every pause
         latest = self._latest
         settled = len(self._hypothesis.words(latest)) - bool(self._hypothesis.tentative)
         shown = self._hypothesis.followed_by(copy(self._echo).accept(self.pending), latest)
@@ -149,6 +158,7 @@ class Transcript:
                     words=words,
                 )
             )
+        self._told = (text, *told[1:])
 
     def forget_encoder(self, *, calm: bool) -> bool:
         """Whether the encoder is to start anew: an endpoint since last time, and no speech since.

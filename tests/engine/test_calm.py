@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from loquent.engine.calm import Calm
+from loquent.engine.calm import Calm, Loudness
 from loquent.engine.features import FeatureSpec, fbank, kaldi_spec, whisper_spec
 
 SEGMENT, RIGHT = 32, 5
@@ -18,9 +18,9 @@ def verdicts(spec: FeatureSpec, loudness: list[tuple[float, float]]) -> list[boo
         [level * rng.standard_normal(round(16000 * seconds)) for seconds, level in loudness]
     )
     frames = fbank(spec, pcm.astype(np.float32))
-    calm = Calm(spec)
+    calm, loudness = Calm(spec), Loudness(spec)
     return [
-        calm.accept(frames[at : at + SEGMENT + RIGHT], SEGMENT)
+        calm.accept(loudness(frames[at : at + SEGMENT + RIGHT]), SEGMENT, RIGHT)
         for at in range(0, len(frames) - SEGMENT - RIGHT, SEGMENT)
     ]
 
@@ -42,3 +42,11 @@ def test_a_pause_may_grow_louder() -> None:
     heard = verdicts(whisper_spec(), [(2.0, 0.001), (8.0, 0.02)])
     assert not heard[6]
     assert heard[-1]
+
+
+def test_windows_are_as_loud_in_a_batch_as_alone() -> None:
+    loudness = Loudness(whisper_spec())
+    windows = np.random.default_rng(0).standard_normal((5, 37, 80)).astype(np.float32)
+    together = loudness(windows)
+    for window, levels in zip(windows, together, strict=True):
+        np.testing.assert_array_equal(loudness(window), levels)
