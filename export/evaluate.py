@@ -227,6 +227,11 @@ def _parser() -> argparse.ArgumentParser:
         help="separated by commas: pocketsphinx, whisper-tiny, whisper-base, whisper-tiny-int8, "
         "whisper-base-int8",
     )
+    peers.add_argument(
+        "--peers-in-noise",
+        action="store_true",
+        help="they hear the clips with noise, too (default: the clean ones only)",
+    )
     for size in ("tiny", "base"):
         peers.add_argument(
             f"--whisper-{size}", metavar="DIR", help="CTranslate2 model with tokenizer.json"
@@ -315,7 +320,7 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
                 steps_ms = speeds.get((decoder, chunk_ms), {})
                 note(dataclasses.replace(found, steps_ms=steps_ms))
     for name, peer in peers.items():
-        for clips in conditions:
+        for clips in conditions if args.peers_in_noise else conditions[:1]:
             key = {**_condition(clips, args), "peer": name, "model": folders.get(name)}
             note(kept.result(key, utterances, partial(evaluate_peer, name, peer, clips)))
     return results, sources

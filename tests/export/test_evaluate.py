@@ -197,6 +197,13 @@ def test_peers_hear_the_same_clips(
     assert ours["cpu_per_second"] > 0
     assert theirs["cpu_per_second"] > 0
     assert "CPU s / audio s" in "\n".join(text)
+    # Noise is for us alone, unless they are to hear it.
+    noisy = [*options, "--peers", "pocketsphinx", "--snr", "0", "--noise", "white", "--json"]
+    for more, heard in ([], ["clean"]), (["--peers-in-noise"], ["clean", "0 dB"]):
+        assert main([str(manifest), *noisy, *more]) == 0
+        results = json.loads(capsys.readouterr().out)["results"]
+        assert [r["noise"] for r in results if r["system"] == "toy"] == ["clean", "0 dB"]
+        assert [r["noise"] for r in results if r["system"] == "pocketsphinx"] == heard
 
 
 def test_everything_the_bundle_offers_is_the_default(
