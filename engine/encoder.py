@@ -44,6 +44,7 @@ class OnnxEncoder:
         self._heads = _heads(bundle, batch=None, frames=None)
         self._next = ["next." + state.name for state in spec.states]
         self._rings = [state for state in spec.states if state.ring is not None]
+        self._in_place = device == "cpu"
         features = bundle.features.n_mels
         self._graph = Graph(
             bundle,
@@ -87,8 +88,8 @@ class OnnxEncoder:
         count = -(-len(rows) // most)
         for part in np.array_split(np.arange(len(rows)), count):
             at = slice(part[0], part[-1] + 1)
-            state = self.pool.inputs(rows[at])
-            frames, following = self._run(window[at], right_context, state, rows[at], outputs)
+            state, inside = self.pool.inputs(rows[at], in_place=self._in_place)
+            frames, following = self._run(window[at], right_context, state, inside, outputs)
             parts.append((frames, rows[at], following))
         heads = {
             name: np.concatenate([frames[name] for frames, _, _ in parts])

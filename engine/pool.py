@@ -84,12 +84,21 @@ class Pool:
         rows = self.rows(self.own(slots)) if slots else np.zeros(0, np.int64)
         return {name: array[rows] for name, array in self._arrays.items()}
 
-    def inputs(self, rows: NDArray[np.int64]) -> State:
-        """For the graph: rings as they lie, the other states of these rows as a batch."""
-        return {
-            name: array if name in self._rings else array[rows]
+    def inputs(
+        self, rows: NDArray[np.int64], *, in_place: bool = True
+    ) -> tuple[State, NDArray[np.int64]]:
+        """For the graph: rings as they lie, the other states of these rows as a batch; and rows.
+
+        Args:
+            rows: of the batch's streams.
+            in_place: the graph can read this memory. A device of its own would copy all of it, so
+                it gets the rings of the batch only.
+        """
+        state = {
+            name: array if in_place and name in self._rings else array[rows]
             for name, array in self._arrays.items()
         }
+        return state, rows if in_place else np.arange(len(rows))
 
     def write(self, rows: NDArray[np.int64], following: Mapping[str, Array]) -> None:
         """What came out of the graph: frames to go into the rings, and the next other states."""

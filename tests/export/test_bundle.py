@@ -119,9 +119,11 @@ def test_streams_of_mixed_age_in_one_batch_are_like_single_ones(written: Written
                 )
 
 
-def test_states_in_the_pool_give_what_states_in_hand_give(written: Written) -> None:
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "for a device of its own"])
+def test_states_in_the_pool_give_what_states_in_hand_give(written: Written, in_place: bool) -> None:
     _, bundle, _ = written
     graph = OnnxEncoder(bundle)
+    graph._in_place = in_place
     rng = np.random.default_rng(0)
     segment, right = 8, 4
     length = segment + right + bundle.encoder.lookahead
