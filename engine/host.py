@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import secrets
 import ssl
@@ -15,7 +16,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loquent.engine import web
+from loquent.engine import memory, web
 from loquent.engine.admission import Line
 from loquent.engine.auth import Keys, same_key
 from loquent.engine.batcher import MAX_BATCH, Batcher
@@ -43,6 +44,8 @@ _LOOK, _LOOKS = 0.1, 30
 _LISTEN = 0.5
 # No more sessions while chunks wait longer than this for their results, in seconds.
 MAX_DELAY = 0.3
+# Seconds after which memory that sessions have left is given back to the system.
+TRIM_EVERY = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -416,9 +419,11 @@ class Host:
                     session.let_go(deserted=True)
 
     async def _watch(self) -> None:
-        while True:
+        for second in itertools.count(1):
             self.metrics.lag.set(self.lag)
             await asyncio.sleep(1.0)
+            if second % TRIM_EVERY == 0:
+                await asyncio.to_thread(memory.trim)
 
     @property
     def status(self) -> str:

@@ -24,7 +24,7 @@ State = tuple[int, ...]
 
 UNKNOWN, START = "<unk>", "<s>"
 _ORDERS = (2, 3)
-_MEMORY = 200_000  # entries of the memo of one model
+_MEMORY = 16_000  # entries of the memo of one model, about 7 MB
 
 
 @dataclass(frozen=True, eq=False)
