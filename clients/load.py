@@ -315,6 +315,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What both commands know."""
     add = parser.add_argument
     add("--bundle", default="en", help="of the server (default: en)")
+    add("--right-context-ms", type=int, metavar="N", help="of the server (default: the bundle's)")
     add("--decoder", help="of the sessions (default: as the bundle says)")
     add("--audio", type=Path, help="speech to send (default: the bundled sample)")
     add("--utterance", type=positive_int, default=8, help="longest, in seconds (default: 8)")
@@ -366,6 +367,8 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """The runs for one chunk size and mode, and the largest N unless only one was asked for."""
     arguments = ["--bundle", options.bundle, "--chunk-ms", str(chunk_ms)]
+    if options.right_context_ms is not None:
+        arguments += ["--right-context-ms", str(options.right_context_ms)]
     arguments += ["--max-sessions", "2000", "--max-load", "0"]
     if mode == "unbatched":
         arguments += ["--max-batch", "1"]

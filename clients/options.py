@@ -28,7 +28,7 @@ def make_parser(name: str, description: str, examples: str) -> argparse.Argument
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--bundle, --threads, --chunk-ms."""
+    """--bundle, --threads, --chunk-ms, --right-context-ms."""
     parser.add_argument(
         "--bundle",
         default="en",
@@ -49,6 +49,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how much speech is recognised at a time: 40, 80, 160, 320, 640 or 1280 ms; "
         f"shorter is sooner, longer is more accurate and cheaper (default: {CHUNK_MS})",
+    )
+    add_right_context_option(parser)
+
+
+def add_right_context_option(parser: argparse.ArgumentParser) -> None:
+    """--right-context-ms."""
+    parser.add_argument(
+        "--right-context-ms",
+        type=non_negative_int,
+        metavar="N",
+        help="how much speech behind a chunk is heard before the chunk is recognised: less is "
+        "sooner and cheaper, more is more accurate (default: as the bundle says)",
     )
 
 
@@ -155,6 +167,7 @@ def open_stream(recognizer: Recognizer, options: argparse.Namespace, sample_rate
     return recognizer.stream(
         sample_rate=sample_rate,
         chunk_ms=options.chunk_ms,
+        right_context_ms=options.right_context_ms,
         decoder=options.decoder,
         blank_penalty=options.blank_penalty,
         lm_weight=options.lm_weight,

@@ -240,7 +240,7 @@ def open_recognizer(options: argparse.Namespace) -> Recognizer:
     """The recogniser, tried out. Raises BundleError, ConfigError, MissingExtra."""
     recognizer = load_recognizer(options, options.device)
     # A chunk size that the bundle does not have should stop the server, not every session.
-    recognizer.stream(chunk_ms=options.chunk_ms)
+    recognizer.stream(chunk_ms=options.chunk_ms, right_context_ms=options.right_context_ms)
     return recognizer
 
 
@@ -258,6 +258,7 @@ def server_config(options: argparse.Namespace) -> ServerConfig:
         host=options.host,
         port=options.port,
         chunk_ms=options.chunk_ms,
+        right_context_ms=options.right_context_ms,
         max_sessions=options.max_sessions,
         snapshots=options.snapshots,
         share_parked=options.workers > 1,

@@ -17,6 +17,7 @@ from loquent.clients.live import Float32, stream_rate
 from loquent.clients.options import (
     CHUNK_MS,
     add_decoder_options,
+    add_right_context_option,
     add_session_options,
     hotwords_of,
     make_parser,
@@ -110,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="how much speech is recognised at a time: 40 to 1280 ms (default: %(default)s)",
     )
+    add_right_context_option(parser)
     parser.add_argument(
         "--packet-ms",
         type=positive_int,
@@ -144,6 +146,7 @@ async def _run(options: argparse.Namespace) -> None:
         sample_rate=rate,
         encoding="f32le",
         chunk_ms=options.chunk_ms,
+        right_context_ms=options.right_context_ms,
         decoder=options.decoder,
         blank_penalty=options.blank_penalty,
         lm_weight=options.lm_weight,

@@ -421,7 +421,9 @@ class Session:
             sample_rate=start.sample_rate,
             chunk_ms=start.chunk_ms if start.chunk_ms is not None else self._config.chunk_ms,
             decoder=start.decoder,
-            right_context_ms=start.right_context_ms,
+            right_context_ms=start.right_context_ms
+            if start.right_context_ms is not None
+            else self._config.right_context_ms,
             endpoint=action.endpoint,
             blank_penalty=start.blank_penalty,
             lm_weight=start.lm_weight,

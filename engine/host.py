@@ -68,12 +68,13 @@ class ServerConfig:
     too, so whoever loses its connection is kept there at once. max_load: no more sessions from
     the share of the recogniser's time on that those there need, as measured; 0 for no such limit.
     max_waiting, wait_timeout: how many requests wait for a place, and for how long. max_batch:
-    streams in one step.
+    streams in one step. right_context_ms: of sessions that do not say; the bundle's by default.
     """
 
     host: str = "127.0.0.1"
     port: int = 8765
     chunk_ms: int = 320
+    right_context_ms: int | None = None
     max_sessions: int = 64
     page: Traversable | None = None
     bare: Bare = "vosk"

@@ -28,7 +28,7 @@ from loquent.export.quantise import quantise_int8, store_half
 from loquent.models.student import Student
 
 CHUNKS_MS = (40, 80, 160, 320, 640, 1280)
-RIGHT_CONTEXTS_MS = (0, 40, 80)
+RIGHT_CONTEXTS_MS = (0, 40, 80, 160, 240, 480)
 
 
 @dataclass(frozen=True, kw_only=True)

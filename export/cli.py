@@ -17,7 +17,13 @@ from loquent.engine.errors import LoquentError
 from loquent.engine.features import whisper_spec
 from loquent.engine.fields import MANIFEST
 from loquent.engine.recognizer import Recognizer
-from loquent.export.bundle import BundleSpec, update_manifest, write_bundle, write_int8
+from loquent.export.bundle import (
+    RIGHT_CONTEXTS_MS,
+    BundleSpec,
+    update_manifest,
+    write_bundle,
+    write_int8,
+)
 from loquent.export.evaluate import evaluate
 from loquent.export.parity import compare
 from loquent.export.results import Result
@@ -124,6 +130,7 @@ def _spec(checkpoint: Checkpoint, args: argparse.Namespace) -> BundleSpec:
         licence=args.licence,
         languages={args.language: "default"},
         default_decoder=args.decoder or ("rnnt" if checkpoint.student.config.joiner_dim else "ctc"),
+        right_context_ms=args.right_context_ms,
         lm=args.lm.read_bytes() if args.lm else None,
         beams=_beams(args.beams) if args.beams else {},
         training={
@@ -192,6 +199,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--language", default="en")
     parser.add_argument("--licence", default="unknown", help="licence of the weights, in words")
     parser.add_argument("--decoder", choices=DECODERS, help="default decoder of the bundle")
+    parser.add_argument(
+        "--right-context-ms",
+        type=int,
+        choices=RIGHT_CONTEXTS_MS,
+        default=BundleSpec.right_context_ms,
+        help="default of the bundle; sessions may choose another (default %(default)s)",
+    )
     parser.add_argument("--lm", type=Path, help="word language model of `loquent lm`")
     parser.add_argument(
         "--beams", type=Path, help="rules of the beam searches, which `loquent tune -o` wrote"

@@ -99,7 +99,13 @@ def transcribe_all(
 
 
 def _stream(
-    recognizer: Recognizer, clips: Clips, *, decoder: str, chunk_ms: float, batch: int
+    recognizer: Recognizer,
+    clips: Clips,
+    *,
+    decoder: str,
+    chunk_ms: float,
+    right_context_ms: float | None = None,
+    batch: int,
 ) -> list[list[Said]]:
     rate = recognizer.bundle.sample_rate
 
@@ -107,7 +113,14 @@ def _stream(
         return lambda: clips.get(i, rate)
 
     audio = [reader(i) for i in range(len(clips.utterances))]
-    return stream_all(recognizer, audio, decoder=decoder, chunk_ms=chunk_ms, batch=batch)
+    return stream_all(
+        recognizer,
+        audio,
+        decoder=decoder,
+        chunk_ms=chunk_ms,
+        right_context_ms=right_context_ms,
+        batch=batch,
+    )
 
 
 def evaluate(
@@ -116,6 +129,7 @@ def evaluate(
     *,
     decoder: str,
     chunk_ms: float,
+    right_context_ms: float | None = None,
     batch: int = BATCH,
     delays: DelayMeter | None = None,
     steps_ms: Mapping[int, float] | None = None,
@@ -124,7 +138,14 @@ def evaluate(
     if not isinstance(clips, Clips):
         clips = Clips(clips)
     before, reading = time.process_time(), clips.reading
-    said = _stream(recognizer, clips, decoder=decoder, chunk_ms=chunk_ms, batch=batch)
+    said = _stream(
+        recognizer,
+        clips,
+        decoder=decoder,
+        chunk_ms=chunk_ms,
+        right_context_ms=right_context_ms,
+        batch=batch,
+    )
     cpu = time.process_time() - before - (clips.reading - reading)
     bundle = recognizer.bundle
     return Result(
@@ -175,6 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--chunk-ms", type=float, action="append", help="may be repeated (default: all it offers)"
+    )
+    parser.add_argument(
+        "--right-context-ms", type=float, metavar="N", help="default: as the bundle says"
     )
     parser.add_argument("--decoder", choices=DECODERS, action="append", help="default: all")
     parser.add_argument("--threads", type=int, default=1)
@@ -304,6 +328,7 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
                     "bundle": identity(bundle),
                     "decoder": decoder,
                     "chunk_ms": chunk_ms,
+                    "right_context_ms": args.right_context_ms,
                     "batch": batch,
                     "delays": args.aligner or args.delay,
                 }
@@ -313,6 +338,7 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
                     clips,
                     decoder=decoder,
                     chunk_ms=chunk_ms,
+                    right_context_ms=args.right_context_ms,
                     batch=batch,
                     delays=meter,
                 )

@@ -237,6 +237,8 @@ def small(language: str, sources: Sources, scale: Scale) -> list[Step]:
                 dev=dev,
                 lm=lm,
                 decoder="joint",
+                # Longer than in training, and better for it: models/README.md.
+                right_context_ms=240,
                 int8_max_loss=scale.int8_max_loss,
             ),
             bundle / "manifest.json",

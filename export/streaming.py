@@ -98,6 +98,7 @@ def stream_all(
     *,
     decoder: str,
     chunk_ms: float,
+    right_context_ms: float | None = None,
     batch: int = BATCH,
 ) -> list[list[Said]]:
     """The words of each recording, streamed ``batch`` at a time; a free place is filled at once.
@@ -105,7 +106,7 @@ def stream_all(
     Args:
         recognizer: of the bundle.
         audio: give the samples, at the bundle's rate, when their turn comes.
-        decoder, chunk_ms: of every stream.
+        decoder, chunk_ms, right_context_ms: of every stream.
         batch: recordings side by side.
     """
     words: list[list[Said]] = [[] for _ in audio]
@@ -116,7 +117,10 @@ def stream_all(
         while True:
             while len(running) < batch and (i := next(waiting, None)) is not None:
                 stream = recognizer.stream(
-                    sample_rate=recognizer.bundle.sample_rate, decoder=decoder, chunk_ms=chunk_ms
+                    sample_rate=recognizer.bundle.sample_rate,
+                    decoder=decoder,
+                    chunk_ms=chunk_ms,
+                    right_context_ms=right_context_ms,
                 )
                 running.append(_Clip(i, stream, audio[i]()))
             if not running:

@@ -184,7 +184,7 @@ def test_manifest_says_what_the_student_is(written: Written) -> None:
     assert bundle.encoder.subsampling == config.encoder.subsampling
     assert bundle.encoder.lookahead == config.encoder.lookahead
     assert bundle.chunks_ms == (40, 80, 160, 320, 640, 1280)
-    assert bundle.right_contexts_ms == (0, 40, 80)
+    assert bundle.right_contexts_ms == (0, 40, 80, 160, 240, 480)
     shapes = {state.name: state.shape for state in bundle.encoder.states}
     assert shapes == student.encoder.state_shapes()
     assert {state.name for state in bundle.encoder.states if state.ring} == student.encoder.rings
