@@ -108,6 +108,7 @@ class Rules:
 
     url: str
     chunk_ms: float
+    right_context_ms: int | None = None
     decoder: str | None = None
     shortest: float = 4.0
     longest: float = 8.0
@@ -121,6 +122,7 @@ async def talk(rules: Rules, speech: Speech, tally: Tally, rng: random.Random) -
     start = Start(
         sample_rate=RATE,
         chunk_ms=rules.chunk_ms,
+        right_context_ms=rules.right_context_ms,
         decoder=rules.decoder,
         resume=True if rules.resume else None,
     )
@@ -315,7 +317,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What both commands know."""
     add = parser.add_argument
     add("--bundle", default="en", help="of the server (default: en)")
-    add("--right-context-ms", type=int, metavar="N", help="of the server (default: the bundle's)")
+    add("--right-context-ms", type=int, metavar="N", help="of the sessions (default: the bundle's)")
     add("--decoder", help="of the sessions (default: as the bundle says)")
     add("--audio", type=Path, help="speech to send (default: the bundled sample)")
     add("--utterance", type=positive_int, default=8, help="longest, in seconds (default: 8)")
@@ -367,8 +369,6 @@ def _measure(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """The runs for one chunk size and mode, and the largest N unless only one was asked for."""
     arguments = ["--bundle", options.bundle, "--chunk-ms", str(chunk_ms)]
-    if options.right_context_ms is not None:
-        arguments += ["--right-context-ms", str(options.right_context_ms)]
     arguments += ["--max-sessions", "2000", "--max-load", "0"]
     if mode == "unbatched":
         arguments += ["--max-batch", "1"]
@@ -380,6 +380,7 @@ def _measure(
         rules = Rules(
             url=server.url,
             chunk_ms=chunk_ms,
+            right_context_ms=options.right_context_ms,
             decoder=options.decoder,
             shortest=options.utterance / 2,
             longest=options.utterance,

@@ -59,7 +59,12 @@ def expected(recognizer: Recognizer, speech: Speech, rules: Rules) -> list[Utter
     for _ in range(UTTERANCES):
         first = rng.randrange(len(speech.packets))
         count = int(rng.uniform(rules.shortest, rules.longest) / PACKET)
-        stream = recognizer.stream(sample_rate=RATE, chunk_ms=rules.chunk_ms, decoder=rules.decoder)
+        stream = recognizer.stream(
+            sample_rate=RATE,
+            chunk_ms=rules.chunk_ms,
+            right_context_ms=rules.right_context_ms,
+            decoder=rules.decoder,
+        )
         texts = []
         for number in range(count + 1):
             if number < count:
@@ -211,6 +216,7 @@ def main(argv: Sequence[str]) -> int:
             rules = Rules(
                 url=server.url,
                 chunk_ms=options.chunk_ms,
+                right_context_ms=options.right_context_ms,
                 decoder=options.decoder,
                 shortest=options.utterance / 2,
                 longest=options.utterance,

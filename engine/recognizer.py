@@ -253,6 +253,7 @@ class Recognizer:
         sample_rate: int = 16000,
         *,
         chunk_ms: float = DEFAULT_CHUNK_MS,
+        right_context_ms: float | None = None,
         decoder: str | None = None,
         endpoint: EndpointRules | None = DEFAULT_ENDPOINT,
     ) -> list[Final]:
@@ -264,7 +265,11 @@ class Recognizer:
         """
         samples = as_float32(pcm)
         stream = self.stream(
-            sample_rate=sample_rate, chunk_ms=chunk_ms, decoder=decoder, endpoint=endpoint
+            sample_rate=sample_rate,
+            chunk_ms=chunk_ms,
+            right_context_ms=right_context_ms,
+            decoder=decoder,
+            endpoint=endpoint,
         )
         for start in range(0, len(samples), sample_rate):
             stream.accept(samples[start : start + sample_rate])

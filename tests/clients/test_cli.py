@@ -231,10 +231,13 @@ def test_the_result_is_the_recognisers_own(
 ) -> None:
     recognizer = Recognizer.load(bundle)
     pcm, rate = soundfile.read(speech, dtype="float32")
-    for chunk_ms, decoder in [(40, "ctc"), (1280, "rnnt"), (320, "ctc")]:
-        finals = recognizer.transcribe(pcm, rate, chunk_ms=chunk_ms, decoder=decoder)
+    for chunk_ms, right, decoder in [(40, 80, "ctc"), (1280, 0, "rnnt"), (320, None, "ctc")]:
+        finals = recognizer.transcribe(
+            pcm, rate, chunk_ms=chunk_ms, right_context_ms=right, decoder=decoder
+        )
         assert finals
         options = ["--chunk-ms", chunk_ms, "--decoder", decoder, "--threads", 2]
+        options += [] if right is None else ["--right-context-ms", right]
         assert transcribe(speech, "--bundle", bundle, *options) == 0
         assert capsys.readouterr().out == "".join(f"{final.text}\n" for final in finals)
 
@@ -321,6 +324,7 @@ def test_output_to_a_file_and_to_a_folder(
     ("options", "said"),
     [
         (["--chunk-ms", "50"], "320"),
+        (["--right-context-ms", "50"], "got right_context_ms 50, expected one of 0, 40, 80"),
         (["--bundle", "/nowhere"], "/nowhere"),
     ],
 )

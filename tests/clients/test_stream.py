@@ -60,6 +60,16 @@ def test_server_and_offline_give_the_same_text(
     assert "s from the end" in summary
 
 
+def test_right_context_of_the_server_and_of_the_session(
+    serve: Any, start: Any, speech: Path
+) -> None:
+    _, url = serve("--right-context-ms", "80")
+    for options, behind in ([], 412.5), (["--right-context-ms", "0"], 332.5):
+        program = start("stream", str(speech), "--url", url, "--rate", "0", *options)
+        assert program.wait() == 0
+        assert f"at best {behind} ms behind" in program.err
+
+
 def test_audio_is_sent_at_the_pace_of_speech(serve: Any, start: Any, speech: Path) -> None:
     _, url = serve()
     program = start("stream", str(speech), "--url", url, "--packet-ms", "50")
