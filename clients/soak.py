@@ -99,11 +99,12 @@ async def garbage(url: str, rng: random.Random) -> None:
             if kind < 2:
                 _, writer = await asyncio.open_connection(where.hostname, where.port)
                 head = b"GET /v1/stream HTTP/1.1\r\nUpgrade: websocket\r\n" if kind else b""
-                writer.write(head + rng.randbytes(rng.randrange(1, 5000)))
-                with contextlib.suppress(ConnectionError):
+                try:
+                    writer.write(head + rng.randbytes(rng.randrange(1, 5000)))
                     await writer.drain()
                     await asyncio.sleep(rng.random())
-                writer.close()
+                finally:
+                    writer.transport.abort()
                 return
             async with open_websocket(url, compression=None, proxy=None) as connection:
                 if kind == 2:

@@ -45,7 +45,11 @@ class Wire:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         direction, budget = self.cuts.pop(0) if self.cuts else ("", 0)
-        there = await asyncio.open_connection("127.0.0.1", self.target)
+        try:
+            there = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:  # between two servers
+            writer.transport.abort()
+            return
         self.pairs += [writer, there[1]]
         up = self._copy(reader, there[1], budget if direction == "up" else None)
         down = self._copy(there[0], writer, budget if direction == "down" else None)
