@@ -19,11 +19,12 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as open_websocket
 from websockets.exceptions import WebSocketException
 
@@ -78,11 +79,21 @@ def expected(recognizer: Recognizer, speech: Speech, rules: Rules) -> list[Utter
     return utterances
 
 
+@contextlib.asynccontextmanager
+async def rude(url: str, **options: Any) -> AsyncIterator[ClientConnection]:
+    """A connection that ends without a word; waiting for an answer could be cut off at the end."""
+    connection = await open_websocket(url, compression=None, proxy=None, **options)
+    try:
+        yield connection
+    finally:
+        connection.transport.abort()
+
+
 async def never_read(url: str, speech: Speech, rng: random.Random) -> None:
     """A client that sends as fast as it can and reads nothing, until it is cut off."""
     start = Start(sample_rate=RATE, chunk_ms=160)
     with contextlib.suppress(OSError, WebSocketException, TimeoutError):
-        async with open_websocket(url, compression=None, proxy=None, max_queue=1) as connection:
+        async with rude(url, max_queue=1) as connection:
             await connection.send(start.encode())
             async with asyncio.timeout(60.0):
                 while True:
@@ -106,7 +117,7 @@ async def garbage(url: str, rng: random.Random) -> None:
                 finally:
                     writer.transport.abort()
                 return
-            async with open_websocket(url, compression=None, proxy=None) as connection:
+            async with rude(url) as connection:
                 if kind == 2:
                     await connection.send(rng.randbytes(rng.randrange(1, 3000)))
                 elif kind == 3:
