@@ -22,6 +22,8 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 from loquent.engine.batcher import Lane
 from loquent.engine.errors import SnapshotError
@@ -372,7 +374,12 @@ class Session:
                 message = await self._outlet.socket.receive()
             self._spoken = True
             self._meter.message(len(message), time.monotonic())
-            await self._perform(self._wire.receive(message))
+            actions = self._wire.receive(message)
+            if any(isinstance(action, Open) for action in actions):
+                # A server that stops would leave a session behind that has begun and has no lane.
+                await _uncut(self._perform(actions))
+            else:
+                await self._perform(actions)
             heard, self._heard = self._heard, 0.0
             if heard and (wait := self._meter.audio(heard, time.monotonic())):
                 await asyncio.sleep(wait)
@@ -467,6 +474,17 @@ class Session:
         if self._stopping and code == NORMAL_CLOSURE:
             code = GOING_AWAY
         return await self._outlet.close(code, close.reason)
+
+
+async def _uncut(work: Coroutine[Any, Any, None]) -> None:
+    """Await work that a cancellation does not stop, but follows."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        task.result()
+        raise
 
 
 def _name_of(wire: WireSession) -> str:

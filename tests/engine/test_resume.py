@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import random
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from loquent.clients.client import Session, UnreachableError, _returning, connec
 from loquent.engine.auth import Keys
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial
+from loquent.engine.hotwords import Hotword
 from loquent.engine.limits import Limits
 from loquent.engine.protocol import Resume, Start, WireError
 from loquent.engine.recognizer import Recognizer
@@ -461,3 +464,32 @@ async def test_a_server_that_moves_out_leaves_its_sessions_to_another(
         assert settled(moved) == settled(stayed) == settled(whole)
         again, _ = await transcript(one.port, pcm, [1600])
         assert settled(again) == settled(whole)
+
+
+async def test_a_session_that_was_just_starting_is_handed_over(
+    tiny: Recognizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    started = threading.Event()
+    real = Recognizer.hotwords
+
+    def slow(self: Recognizer, hotwords: Any) -> Any:
+        if hotwords:
+            started.set()
+            time.sleep(0.3)  # as a long list may take
+        return real(self, hotwords)
+
+    monkeypatch.setattr(Recognizer, "hotwords", slow)
+    folder = tmp_path / "sessions"
+    start = Start(sample_rate=16000, resume=True, hotwords=(Hotword(phrase="bana"),))
+    async with serving(tiny, snapshots=folder) as server:
+        session = Session(f"ws://127.0.0.1:{server.port}/v1/stream", start, 5.0)
+        opening = asyncio.create_task(session.open())
+        assert await asyncio.to_thread(started.wait, 5.0)
+    await opening
+    assert session.ready.resume is not None
+    assert len(list(folder.iterdir())) == 1
+    assert not [record for record in caplog.records if record.exc_info]
+    await session.close()
