@@ -25,11 +25,11 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-from loquent.engine.batcher import Lane
 from loquent.engine.errors import SnapshotError
 from loquent.engine.gate import Visitor
 from loquent.engine.handover import Handed
 from loquent.engine.host import Host, Opened
+from loquent.engine.lane import Lane
 from loquent.engine.limits import Meter
 from loquent.engine.metrics import SessionMetrics
 from loquent.engine.outlet import (

@@ -30,11 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loquent.engine.audio import AudioFile
-from loquent.engine.batcher import Lane
 from loquent.engine.errors import AudioError, LoquentError
 from loquent.engine.events import Ended, Final
 from loquent.engine.host import Host
 from loquent.engine.hotwords import Hotword
+from loquent.engine.lane import Lane
 from loquent.engine.stream import MAX_RATE, MIN_RATE
 from loquent.engine.web import SECURITY_HEADERS
 from loquent.engine.wire.session import Refused

@@ -33,8 +33,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from loquent.engine.batcher import Marked
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
+from loquent.engine.lane import Marked
 from loquent.engine.protocol import (
     Audio,
     Code,

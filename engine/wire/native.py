@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from loquent.engine.batcher import Beat, Marked
 from loquent.engine.endpoint import endpoint_rules
 from loquent.engine.events import Ended, EndReason, Event, Partial
+from loquent.engine.lane import Beat, Marked
 from loquent.engine.protocol import (
     PATH,
     SUBPROTOCOL,

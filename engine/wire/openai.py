@@ -32,8 +32,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from loquent.engine.batcher import Marked
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
+from loquent.engine.lane import Marked
 from loquent.engine.protocol import (
     Audio,
     End,

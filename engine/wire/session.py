@@ -18,9 +18,9 @@ from http import HTTPStatus
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
-from loquent.engine.batcher import Marked
 from loquent.engine.endpoint import EndpointRules
 from loquent.engine.events import Event
+from loquent.engine.lane import Marked
 from loquent.engine.protocol import (
     Audio,
     End,

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from loquent.engine.batcher import Marked
 from loquent.engine.events import Ended, Event, Final, Partial, Word
+from loquent.engine.lane import Marked
 from loquent.engine.protocol import (
     Audio,
     End,

@@ -21,8 +21,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loquent.engine.batcher import Marked
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
+from loquent.engine.lane import Marked
 from loquent.engine.protocol import (
     Audio,
     End,

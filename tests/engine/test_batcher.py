@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loquent.engine.batcher import LAG_LIMIT, MAX_ROUND, Batcher, Lane, Marked
+from loquent.engine.batcher import MAX_ROUND, Batcher
 from loquent.engine.events import Ended, Event, Final, Partial
+from loquent.engine.lane import LAG_LIMIT, Lane, Marked
 from loquent.engine.load import LoadMeter
 from loquent.engine.protocol import Progress
 from loquent.engine.recognizer import Recognizer

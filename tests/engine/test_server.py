@@ -25,9 +25,10 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.protocol import State
 
-from loquent.engine.batcher import HIGH_WATER, Batcher, Lane
+from loquent.engine.batcher import Batcher
 from loquent.engine.events import Ended, Event, Final
 from loquent.engine.hotwords import Hotword
+from loquent.engine.lane import HIGH_WATER, Lane
 from loquent.engine.limits import Limits
 from loquent.engine.pool import Pool, Slot
 from loquent.engine.protocol import END, FINALIZE, MAX_MESSAGE, SetHotwords, Start

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loquent.engine.batcher import Marked
+from loquent.engine.lane import Marked
 from loquent.engine.protocol import Audio, End, Finalize, Progress, Ready, SetHotwords
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.stream import Stream

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loquent.engine.batcher import Marked
 from loquent.engine.events import Ended
+from loquent.engine.lane import Marked
 from loquent.engine.protocol import (
     Audio,
     End,

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loquent.engine.batcher import Batcher, Marked
+from loquent.engine.batcher import Batcher
 from loquent.engine.events import Ended, Event, Final
+from loquent.engine.lane import Marked
 from loquent.engine.protocol import SUBPROTOCOL
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.dispatch import PROTOCOLS, is_wire, open_session
