@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -132,7 +132,6 @@ def evaluate(
     right_context_ms: float | None = None,
     batch: int = BATCH,
     delays: DelayMeter | None = None,
-    steps_ms: Mapping[int, float] | None = None,
 ) -> Result:
     """Score one bundle with one decoder at one chunk size."""
     if not isinstance(clips, Clips):
@@ -160,7 +159,6 @@ def evaluate(
         ),
         cpu_seconds=cpu,
         audio_seconds=clips.seconds,
-        steps_ms=steps_ms or {},
         delays=delays.measure(said) if delays else (),
     )
 
