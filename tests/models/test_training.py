@@ -26,6 +26,7 @@ from loquent.models.checkpoint import (
     read_tensors,
 )
 from loquent.models.data import Augment, FeatureCache, read_manifest
+from loquent.models.devices import OneCpu
 from loquent.models.student import Losses, Student, StudentConfig
 from loquent.models.tokens import Tokenizer
 from loquent.models.training import (
@@ -400,3 +401,16 @@ def test_interrupting_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "stopped; the same command resumes" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)]
+)
+def test_bf16_is_for_processors_that_have_it(
+    monkeypatch: pytest.MonkeyPatch, capability: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with OneCpu(bf16=True).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    with OneCpu(bf16=False).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
