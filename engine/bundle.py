@@ -24,6 +24,7 @@ from loquent.engine.errors import BundleError, ConfigError
 from loquent.engine.features import FeatureSpec
 from loquent.engine.fields import MANIFEST, Fields
 from loquent.engine.ngram import Ngram
+from loquent.engine.spelling import SPELLING_RULES, SpellingRules
 from loquent.engine.words import PLAIN, WORD_RULES, WordRules
 
 SCHEMA = 1
@@ -105,10 +106,11 @@ class RnntSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LmSpec:
-    """The word language model of beam search."""
+    """The word language model of beam search, and how words are spelt after it, if they are."""
 
     file: str
     sha256: str
+    spelling: SpellingRules | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -347,7 +349,16 @@ def _rnnt(fields: Fields) -> RnntSpec:
 
 
 def _lm(fields: Fields) -> LmSpec:
-    return LmSpec(file=fields.file("file"), sha256=fields.string("sha256"))
+    spelling = None
+    if fields.has("spelling"):
+        own, default = fields.object("spelling"), SpellingRules()
+        try:
+            spelling = SpellingRules(
+                **{key: own.number(key, getattr(default, key)) for key in SPELLING_RULES}
+            )
+        except ConfigError as exc:
+            raise BundleError(f"{MANIFEST}: lm.spelling: {exc}") from exc
+    return LmSpec(file=fields.file("file"), sha256=fields.string("sha256"), spelling=spelling)
 
 
 def _beams(top: Fields) -> dict[DecoderName, BeamRules]:

@@ -13,8 +13,10 @@ from loquent.engine.decode.decoder import Decoder
 from loquent.engine.decode.fusion import BeamRules, Fusion
 from loquent.engine.decode.rnnt import RnntGreedy
 from loquent.engine.decode.transducer import Transducer
+from loquent.engine.ngram import Ngram
 from loquent.engine.predictor import OnnxPredictor
 from loquent.engine.session import Device
+from loquent.engine.spelling import Speller
 
 # For a bundle that says nothing: what `loquent tune` found for the English model.
 DEFAULTS: Mapping[DecoderName, BeamRules] = {
@@ -73,5 +75,15 @@ class Decoders:
         )
 
     @cached_property
+    def speller(self) -> Speller | None:
+        """What puts misspelt words right, where the bundle has that and the search its words."""
+        lm, ngram = self._bundle.lm, self._ngram
+        return Speller(ngram, lm.spelling) if ngram and lm and lm.spelling else None
+
+    @cached_property
     def _fusion(self) -> Fusion:
-        return Fusion(self._bundle.tokens, self._bundle.language_model(), BeamRules())
+        return Fusion(self._bundle.tokens, self._ngram, BeamRules())
+
+    @cached_property
+    def _ngram(self) -> Ngram | None:
+        return self._bundle.language_model()

@@ -15,6 +15,7 @@ from loquent.engine import snapshot
 from loquent.engine.bundle import HEADS, Bundle, DecoderName
 from loquent.engine.calm import Loudness
 from loquent.engine.decode import Frame
+from loquent.engine.decode.beam import BeamState
 from loquent.engine.decode.decoder import Job, Search, Settings
 from loquent.engine.decoders import Decoders
 from loquent.engine.encoder import OnnxEncoder
@@ -142,12 +143,15 @@ class Recognizer:
         hop = bundle.features.hop * bundle.encoder.subsampling
         if not 0 <= stability < math.inf:
             raise ConfigError(f"got stability {stability!r}, expected seconds, 0 or above")
+        graph = self.hotwords(hotwords)
         settings = Settings(
             blank_penalty=blank_penalty,
             lm_weight=lm_weight,
-            hotwords=self.hotwords(hotwords),
+            hotwords=graph,
             horizon=max(1, round(stability / bundle.frame_seconds)) if stability else None,
         )
+        search = self._decoders[decoder].start(settings)
+        listens = isinstance(search, BeamState) and search.fusion.active
         return Stream(
             bundle,
             sample_rate=sample_rate,
@@ -156,10 +160,12 @@ class Recognizer:
             decoder=decoder,
             endpoint=endpoint,
             encoder_state=self._encoder.pool.fresh,
-            search=self._decoders[decoder].start(settings),
+            search=search,
             voice=Voice(hop) if vad else None,
             hotwords=self.hotwords,
             finishing=finishing,
+            speller=self._decoders.speller if listens else None,
+            hot=graph,
         )
 
     def hotwords(self, hotwords: Sequence[Hotword]) -> HotwordGraph | None:

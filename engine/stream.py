@@ -38,6 +38,7 @@ from loquent.engine.hotwords import Hotword, HotwordGraph
 from loquent.engine.pool import Slot
 from loquent.engine.resample import Resampler
 from loquent.engine.ring import Ring
+from loquent.engine.spelling import Speller
 from loquent.engine.transcript import Transcript
 from loquent.engine.vad import Voice
 
@@ -98,6 +99,8 @@ class Stream:
         voice: Voice | None,
         hotwords: Callable[[Sequence[Hotword]], HotwordGraph | None],
         finishing: Finishing | None,
+        speller: Speller | None,
+        hot: HotwordGraph | None,
     ) -> None:
         if not MIN_RATE <= sample_rate <= MAX_RATE:
             raise ConfigError(
@@ -122,7 +125,9 @@ class Stream:
             words=bundle.word_rules(decoder),
             voice=voice,
             finishing=finishing,
+            speller=speller,
         )
+        self.transcript.expect(hot)
         self.done = False
         self._model_rate = bundle.sample_rate
         self._hop = bundle.features.hop
@@ -244,6 +249,7 @@ class Stream:
         """
         graph = self._hotwords(hotwords)
         self.search = self.search.biased(graph)
+        self.transcript.expect(graph)
         if self._trunk:
             self._trunk = replace(self._trunk, search=self._trunk.search.biased(graph))
 

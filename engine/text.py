@@ -11,10 +11,16 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from loquent.engine.decode import Token
 from loquent.engine.events import Word
+from loquent.engine.spelling import Speller
 from loquent.engine.words import PLAIN, WordRules
+
+if TYPE_CHECKING:
+    from loquent.engine.hotwords import HotwordGraph
 
 WORD_START = "▁"
 _BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
@@ -56,14 +62,26 @@ class Hypothesis:
         pieces: the bundle's tokens by id.
         frame_seconds: from one encoder frame to the next.
         rules: from tokens to times and confidences.
+        speller: puts misspelt words right as soon as they are whole.
+
+    Attributes:
+        committed: the text of the settled words.
+        hotwords: whose words are right.
     """
 
     def __init__(
-        self, pieces: Sequence[str], frame_seconds: float, rules: WordRules = PLAIN
+        self,
+        pieces: Sequence[str],
+        frame_seconds: float,
+        rules: WordRules = PLAIN,
+        speller: Speller | None = None,
     ) -> None:
         self._pieces = pieces
         self._frame_seconds = frame_seconds
         self._rules = rules
+        self._speller = speller
+        self.hotwords: HotwordGraph | None = None
+        self._before: tuple[str, ...] = ()  # the last words of the sentence that were cut off
         self._settled: list[Word] = []
         self._growing: list[Token] = []
         self._after = 0.0  # no word begins before the end of the one before
@@ -113,25 +131,39 @@ class Hypothesis:
     def cut(self) -> tuple[Word, ...]:
         """Take the settled words away; the growing one stays."""
         words = tuple(self._settled)
+        self._before = self._context()
         self._settled.clear()
         self.committed = ""
         return words
 
     def finish(self, limit: float) -> tuple[Word, ...]:
         """Take all words away; the last will not grow any more."""
-        words = self.words(limit)
+        if last := self._last(limit):
+            self._settled.append(self._spelt(last))
         self._growing.clear()
-        self.cut()
+        words = self.cut()
+        self._before = ()
         self._after = words[-1].end if words else self._after
         return words
 
     def _settle(self, following: int, limit: float) -> None:
         """The last word is over: the next one begins with the token of this frame."""
         if word := self._last(min(limit, self._rules.start(following, self._frame_seconds))):
+            word = self._spelt(word)
             self._settled.append(word)
             self._after = word.end
             self.committed = f"{self.committed} {word.text}".lstrip()
         self._growing.clear()
+
+    def _context(self) -> tuple[str, ...]:
+        return (*self._before, *(word.text for word in self._settled[-2:]))[-2:]
+
+    def _spelt(self, word: Word) -> Word:
+        if self._speller is None:
+            return word
+        known = self.hotwords.words if self.hotwords else ()
+        text = self._speller.fix(word.text, self._context(), known)
+        return word if text == word.text else replace(word, text=text)
 
     def _last(self, limit: float) -> Word | None:
         text = self.tentative

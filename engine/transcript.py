@@ -10,6 +10,8 @@ from loquent.engine.decode import Frame, Token
 from loquent.engine.endpoint import Endpointer, EndpointRules, Hearing
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Reason, Word
 from loquent.engine.finish import Finishing
+from loquent.engine.hotwords import HotwordGraph
+from loquent.engine.spelling import Speller
 from loquent.engine.text import Hypothesis
 from loquent.engine.words import PLAIN, WordRules
 
@@ -65,6 +67,7 @@ class Transcript:
         words: from tokens to times and confidences.
         voice: a voice activity detector's view of the stream.
         finishing: writes the finals' text; None leaves it as the words are.
+        speller: puts misspelt words right.
 
     Attributes:
         pending: tokens that a beam search may still change, behind all that were accepted.
@@ -80,12 +83,13 @@ class Transcript:
         words: WordRules = PLAIN,
         voice: Hearing | None = None,
         finishing: Finishing | None = None,
+        speller: Speller | None = None,
     ) -> None:
         self.limit = math.inf
         self.pending: tuple[Token, ...] = ()
         self._frame_seconds = frame_seconds
         self._heard = 0.0  # seconds; what a word may last beyond its last token is not yet heard
-        self._hypothesis = Hypothesis(pieces, frame_seconds, words)
+        self._hypothesis = Hypothesis(pieces, frame_seconds, words, speller)
         self._endpointer = Endpointer(rules, frame_seconds, voice)
         self._finishing = finishing
         self._forget_encoder = False
@@ -97,6 +101,10 @@ class Transcript:
         self._echo = Echo()
         self._branch: list[Token] | None = None  # what a branch has heard
         self._events: list[Event] = []
+
+    def expect(self, hotwords: HotwordGraph | None) -> None:
+        """From here on the words of these are right, however rare."""
+        self._hypothesis.hotwords = hotwords
 
     def events(self) -> list[Event]:
         """Everything that happened since the last call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -23,6 +24,7 @@ from loquent.engine.bundle import (
 )
 from loquent.engine.features import FeatureSpec
 from loquent.engine.fields import MANIFEST
+from loquent.engine.spelling import SpellingRules
 from loquent.export.graphs import export_encoder, export_joiner, export_predictor, set_metadata
 from loquent.export.quantise import quantise_int8, store_half
 from loquent.models.student import Student
@@ -227,7 +229,7 @@ def _language_model(spec: BundleSpec, folder: Path) -> dict[str, Any]:
     if spec.lm is None:
         return {}
     (folder / "lm.npz").write_bytes(spec.lm)
-    return {"lm": _file(folder, "lm.npz")}
+    return {"lm": _file(folder, "lm.npz") | {"spelling": dataclasses.asdict(SpellingRules())}}
 
 
 def _rnnt(student: Student, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import random
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from loquent.engine import Hotword, snapshot
 from loquent.engine.errors import SnapshotError
 from loquent.engine.events import Event, Final, Finalized
+from loquent.engine.ngram import Ngram
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.stream import Stream
 
@@ -83,6 +85,36 @@ def test_moved_anywhere_the_events_are_the_same(
     assert run(tiny, tiny.stream(**options), pcm, packet, finalize_at, cuts) == whole
     everywhere = dict.fromkeys(range(count), again)
     assert run(tiny, tiny.stream(**options), pcm, packet, finalize_at, everywhere) == whole
+
+
+def test_words_put_right_stay_right(
+    write_bundle: Callable[..., Path], tmp_path: Path, tones: Speak
+) -> None:
+    nothing = np.zeros(4, np.float16)
+    lm = Ngram(["<unk>", "<s>", "banne", "kiwi"], nothing - 3, nothing, ()).to_bytes()
+
+    def spelling(manifest: dict[str, Any]) -> None:
+        (tmp_path / "spelt" / "lm.npz").write_bytes(lm)
+        manifest["lm"] = {"file": "lm.npz", "sha256": hashlib.sha256(lm).hexdigest()}
+        manifest["lm"]["spelling"] = {"reach": 0.25}
+
+    folder = write_bundle(tmp_path / "spelt", change=spelling)
+    one, other = Recognizer.load(folder), Recognizer.load(folder)
+    pcm = tones(SPEECH)
+
+    def stream() -> Stream:
+        return one.stream(decoder="joint", chunk_ms=160)
+
+    whole = run(one, stream(), pcm, 2000, len(pcm) // 3)
+    texts = [event.text for event in whole if isinstance(event, Final)]
+    assert any("banne kiwi" in text for text in texts), texts
+    cuts = dict.fromkeys(range(len(pcm) // 2000), other)
+    assert run(one, stream(), pcm, 2000, len(pcm) // 3, cuts) == whole
+    # A session's own hotwords go along, and what they name is right.
+    options: dict[str, Any] = {"hotwords": [Hotword(phrase="bana", boost=1.0)], "decoder": "joint"}
+    whole = run(one, one.stream(**options), pcm, 2000, -1)
+    assert any("bana" in event.text for event in whole if isinstance(event, Final))
+    assert run(one, one.stream(**options), pcm, 2000, -1, cuts) == whole
 
 
 @pytest.mark.parametrize("rate", [8000, 44100, 48000])
