@@ -141,8 +141,32 @@ def _spec(checkpoint: Checkpoint, args: argparse.Namespace) -> BundleSpec:
     )
 
 
+def _average(checkpoint: Checkpoint, other: str) -> None:
+    folder, _, text = other.rpartition("=")
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not folder or not 0 <= share <= 1:
+        raise DataError(f"--average: got {other!r}, expected CHECKPOINT=SHARE, a share from 0 to 1")
+    found = load_checkpoint(Path(folder))
+    if (found.student.config, found.tokenizer.model) != (
+        checkpoint.student.config,
+        checkpoint.tokenizer.model,
+    ):
+        raise CheckpointError(f"{folder}: another shape or other subwords; nothing to average")
+    with torch.no_grad():
+        theirs = dict(found.student.named_parameters())
+        for name, weight in checkpoint.student.named_parameters():
+            weight.lerp_(theirs[name], share)
+    origin = checkpoint.state.setdefault("origin", {})
+    origin["average"] = f"{Path(folder).name}, {share:g} of the weights"
+
+
 def _export(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
+    if args.average:
+        _average(checkpoint, args.average)
     utterances = read_manifest(args.dev) if args.dev else []
     if args.int8 and not utterances:
         raise DataError("--int8 needs --dev MANIFEST to measure what quantisation costs")
@@ -209,6 +233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lm", type=Path, help="word language model of `loquent lm`")
     parser.add_argument(
         "--beams", type=Path, help="rules of the beam searches, which `loquent tune -o` wrote"
+    )
+    parser.add_argument(
+        "--average",
+        metavar="CHECKPOINT=SHARE",
+        help="mix in the weights of another one, SHARE of all: what a model was fine-tuned from "
+        "keeps it from forgetting (arXiv 2109.01903)",
     )
     parser.add_argument(
         "--weights",

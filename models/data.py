@@ -209,9 +209,9 @@ class Augment:
     freq_width: int = 14
     time_masks: int = 2
     time_width: int = 20
-    noise: float = 0.4
-    snr: tuple[float, float] = (0.0, 25.0)
-    reverb: float = 0.25
+    noise: float = 0.2
+    snr: tuple[float, float] = (5.0, 30.0)
+    reverb: float = 0.1
 
 
 def augment(

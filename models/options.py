@@ -88,7 +88,9 @@ def add_loop_options(
         default=0.0,
         help="stop after so much processor time (default: after --steps)",
     )
-    parser.add_argument("--fp32", action="store_true", help="no bf16, which CPUs without AVX-512 never use")
+    parser.add_argument(
+        "--fp32", action="store_true", help="no bf16, which CPUs without AVX-512 never use"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard too")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: all)")
     parser.add_argument("--seed", type=int, default=1)

@@ -56,7 +56,9 @@ class TrainConfig(LoopConfig):
         segments: (segment, probability) pairs drawn per batch.
         long_until: up to this step only segments of ``long_segment`` and more are drawn: short ones
             cost up to three times the time, and what they need is learnt late.
-        right_contexts: (right context, probability) pairs drawn per batch.
+        right_contexts: (right context, probability) pairs drawn per batch. Every segment has a copy
+            of its right context, so no more than ``short_right`` or the segment's length is taken.
+        short_right: see above.
         watch: segment and right context at which the dev set is scored on the way.
         join: part of the batches in which every two utterances are put together to one, since
             captions go on for longer than the utterances that recordings are cut into.
@@ -78,8 +80,15 @@ class TrainConfig(LoopConfig):
     )
     long_until: int = 0
     long_segment: int = 32
-    right_contexts: tuple[tuple[int, float], ...] = ((0, 0.3), (4, 0.5), (8, 0.2))
-    watch: tuple[int, int] = (32, 4)
+    right_contexts: tuple[tuple[int, float], ...] = (
+        (0, 0.1),
+        (4, 0.15),
+        (8, 0.2),
+        (16, 0.25),
+        (24, 0.3),
+    )
+    short_right: int = 8
+    watch: tuple[int, int] = (32, 24)
     join: float = 0.25
     drop_above: float = 5.0
     delay_penalty: float = 0.0
@@ -286,7 +295,7 @@ class Trainer(Loop[Drawn]):
         step = index // (self.devices.world * c.accumulate)
         least = c.long_segment if step < c.long_until else 0
         segment = _draw(tuple(pair for pair in c.segments if pair[0] >= least), rng)
-        right = _draw(self.config.right_contexts, rng)
+        right = min(_draw(c.right_contexts, rng), max(c.short_right, segment))
         features = [
             augment(
                 torch.from_numpy(self.train.features(i, rng)),

@@ -13,7 +13,7 @@ import torch
 from loquent.engine.bundle import DECODERS, Bundle
 from loquent.export import bench, cli
 from loquent.export.cli import ExportRefused, check_int8
-from loquent.models.checkpoint import load_checkpoint
+from loquent.models.checkpoint import load_checkpoint, save_checkpoint
 from loquent.models.data import read_manifest
 
 pytestmark = pytest.mark.slow
@@ -101,6 +101,25 @@ def test_gate_counts_what_int8_loses(fp32: Any, corpus: Path, tmp_path: Path) ->
         check_int8(fp32.folder, deaf, read_manifest(corpus)[:4], 0.5)
 
 
+def test_average(run: Path, tmp_path: Path) -> None:
+    one, other = load_checkpoint(run / "last"), load_checkpoint(run / "last")
+    with torch.no_grad():
+        for weight in other.student.parameters():
+            weight += 1
+    save_checkpoint(
+        tmp_path / "other",
+        other.student.config,
+        other.tokenizer,
+        other.student.state_dict(),
+        other.state,
+    )
+    before = {name: weight.clone() for name, weight in one.student.named_parameters()}
+    cli._average(one, f"{tmp_path / 'other'}=0.25")
+    for name, weight in one.student.named_parameters():
+        torch.testing.assert_close(weight.detach(), before[name] + 0.25)
+    assert one.state["origin"]["average"] == "other, 0.25 of the weights"
+
+
 def error(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     try:
         status = cli.main([str(a) for a in argv])
@@ -125,6 +144,9 @@ def test_mistakes(
     wrong.write_text('{"audio": "a.wav"}')
     assert "wrong.jsonl:1: KeyError 'text'" in error(capsys, checkpoint, *out, "--dev", wrong)
     assert "--int8 needs --dev MANIFEST" in error(capsys, checkpoint, *out, "--int8")
+    for average in ("0.5", f"{checkpoint}=2", f"{checkpoint}=half"):
+        message = error(capsys, checkpoint, *out, "--average", average)
+        assert f"got '{average}', expected CHECKPOINT=SHARE" in message
     assert not (tmp_path / "out").exists()
 
 
