@@ -22,10 +22,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loquent.models.checkpoint import Tensors, read_json, read_tensors, recover
+from loquent.models.checkpoint import CheckpointError, Tensors, read_json, read_tensors, recover
 from loquent.models.data import prefetch
 from loquent.models.devices import Devices, find_devices
 
@@ -307,9 +308,27 @@ class Loop(ABC, Generic[B]):
         return {**shown, "norm": float(norm)}
 
     def fit(self) -> None:
-        """Train until ``config.steps``; checkpoints, log and progress bar on the way."""
-        c, p = self.config, self.progress
+        """Train until ``config.steps``; checkpoints, log and progress bar on the way.
+
+        Raises:
+            CheckpointError: another process trains in this folder; the two would mix their files.
+        """
         self.run.mkdir(parents=True, exist_ok=True)
+        if self.devices.rank:
+            self._fit()
+            return
+        try:
+            # The system lets go of it however the process ends.
+            with FileLock(self.run / "lock", timeout=0):
+                self._fit()
+        except Timeout as error:
+            raise CheckpointError(
+                f"{self.run}: another process trains in this folder; stop it, or choose another "
+                "folder for the run"
+            ) from error
+
+    def _fit(self) -> None:
+        c, p = self.config, self.progress
         cpu, wall = time.process_time(), time.monotonic()
         smooth: dict[str, float] = {}
         speed = 0.0

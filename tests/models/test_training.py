@@ -222,6 +222,26 @@ def test_a_run_of_another_shape_is_not_resumed(make: Make) -> None:
         make(dim=64)
 
 
+def test_two_processes_do_not_train_in_one_folder(make: Make) -> None:
+    trainer = make()
+    trainer.run.mkdir()
+    holder = "import sys, filelock as f; a = f.FileLock(sys.argv[1]); a.acquire(); print(); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", holder, str(trainer.run / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdout
+    other.stdout.readline()
+    with pytest.raises(CheckpointError, match="another process trains in this folder; stop it"):
+        trainer.fit()
+    assert not (trainer.run / "last").exists()
+    other.kill()  # a killed one keeps nobody out
+    other.communicate()
+    trainer.fit()
+    assert (trainer.run / "last").exists()
+
+
 def test_a_damaged_run_is_not_started_over(make: Make) -> None:
     trainer = make()
     trainer.fit()
