@@ -76,7 +76,7 @@ class Decoders:
 
     @cached_property
     def speller(self) -> Speller | None:
-        """What puts misspelt words right, where the bundle has that and the search its words."""
+        """Puts misspelt words right; None if the bundle does not ask for it."""
         lm, ngram = self._bundle.lm, self._ngram
         return Speller(ngram, lm.spelling) if ngram and lm and lm.spelling else None
 

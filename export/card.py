@@ -126,6 +126,8 @@ def _training(training: Mapping[str, Any]) -> str:
     lines = []
     if start := origin.get("start"):
         lines.append(f"- started from {start}")
+    if average := origin.get("average"):
+        lines.append(f"- averaged with {average}")
     lines += [f"- {name}" for name in origin.get("data", [])]
     if left_out := origin.get("excluded_licences"):
         lines.append(f"- without rows whose licence has {', '.join(left_out)}")

@@ -6,14 +6,11 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import random
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,27 @@ import numpy as np
 import pytest
 import soundfile
 from numpy.typing import NDArray
-from websockets.asyncio.client import ClientConnection, connect
+from tests.engine.loopback import (
+    START,
+    bystander,
+    caption,
+    client,
+    close_code_of,
+    decode,
+    encode,
+    frame,
+    is_subsequence,
+    lanes_of,
+    no_sessions,
+    of_kind,
+    on_the_wire,
+    raw_messages,
+    raw_session,
+    receive_all,
+    serving,
+    until,
+)
 from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.protocol import State
 
 from loquent.engine.batcher import Batcher
 from loquent.engine.events import Ended, Event, Final
@@ -34,7 +49,6 @@ from loquent.engine.pool import Pool, Slot
 from loquent.engine.protocol import END, FINALIZE, MAX_MESSAGE, SetHotwords, Start
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.server import Server, ServerConfig
-from loquent.engine.web import origin_allowed, static_file
 
 Float32 = NDArray[np.float32]
 Message = dict[str, Any]
@@ -42,93 +56,6 @@ Speak = Callable[..., Float32]
 Run = Callable[..., list[Event]]
 
 SPEECH = [(0, 0.3), (1, 0.4), (2, 0.3), (0, 0.1), (3, 0.5), (4, 0.3), (0, 1.2), (5, 0.4), (7, 0.4)]
-
-
-@asynccontextmanager
-async def serving(recognizer: Recognizer, **config: Any) -> AsyncIterator[Server]:
-    async with Server(recognizer, ServerConfig(port=0, **config)) as server:
-        yield server
-
-
-def url_of(server: Server) -> str:
-    return f"ws://127.0.0.1:{server.port}/v1/stream"
-
-
-@asynccontextmanager
-async def client(server: Server, **options: Any) -> AsyncIterator[ClientConnection]:
-    connection = await connect(
-        url_of(server), compression=None, ping_interval=None, proxy=None, **options
-    )
-    try:
-        yield connection
-    finally:
-        # websockets 17 trips over a transport that is gone with data in its buffer.
-        if connection.state is not State.CLOSED:
-            await connection.close()
-
-
-def encode(pcm: Float32, encoding: str) -> bytes:
-    if encoding == "f32le":
-        return pcm.astype("<f4").tobytes()
-    return np.round(pcm * 32767).astype("<i2").tobytes()
-
-
-def decode(data: bytes, encoding: str) -> NDArray[Any]:
-    return np.frombuffer(data, "<f4" if encoding == "f32le" else "<i2")
-
-
-async def receive_all(connection: ClientConnection) -> list[Message]:
-    """Every message until the server closes."""
-    messages = []
-    with contextlib.suppress(ConnectionClosed):
-        async with asyncio.timeout(60):
-            while True:
-                messages.append(json.loads(await connection.recv()))
-    return messages
-
-
-async def caption(
-    server: Server, start: Start, data: bytes, packets: Sequence[int]
-) -> list[Message]:
-    """A whole session of a good client; `packets` are sizes in bytes, used over and over."""
-    async with client(server) as connection:
-        receiver = asyncio.create_task(receive_all(connection))
-        await connection.send(start.encode())
-        position = turn = 0
-        while position < len(data):
-            size = packets[turn % len(packets)]
-            await connection.send(data[position : position + size])
-            position, turn = position + size, turn + 1
-        await connection.send(END)
-        messages = await receiver
-        assert connection.close_code == 1000
-    assert [message["type"] for message in messages].count("ended") == 1
-    assert messages[0]["type"] == "ready"
-    return messages[1:]
-
-
-def strip(message: Message) -> Message:
-    """Without what depends on the time of day."""
-    return {
-        k: v for k, v in message.items() if k not in ("received", "processed", "lag", "lagging")
-    }
-
-
-def of_kind(messages: Sequence[Message], *kinds: str) -> list[Message]:
-    return [strip(message) for message in messages if message["type"] in kinds]
-
-
-def on_the_wire(events: Sequence[Event]) -> list[Message]:
-    names = {"Partial": "partial", "Final": "final", "Ended": "ended"}
-    return [
-        json.loads(json.dumps({"type": names[type(event).__name__], **asdict(event)}))
-        for event in events
-    ]
-
-
-def is_subsequence(few: Sequence[Message], many: Sequence[Message]) -> bool:
-    rest = iter(many)
-    return all(any(message == other for other in rest) for message in few)
 
 
 @pytest.fixture
@@ -144,25 +71,6 @@ def expected(tiny: Recognizer, speech: Float32, run: Run) -> list[Message]:
     events = run(tiny, tiny.stream(chunk_ms=160), pcm, [1600])
     assert len([event for event in events if isinstance(event, Final)]) == 2
     return of_kind(on_the_wire(events), "final", "ended")
-
-
-async def bystander(server: Server, speech: Float32) -> list[Message]:
-    """An innocent session; call it while others misbehave."""
-    start = Start(sample_rate=16000, chunk_ms=160)
-    messages = await caption(server, start, encode(speech, "s16le"), [640])
-    return of_kind(messages, "final", "ended")
-
-
-async def until(done: Callable[[], bool]) -> None:
-    """Wait for something that the server does in its own time."""
-    async with asyncio.timeout(30):
-        while not done():  # there is no event for what a client cannot see
-            await asyncio.sleep(0.01)
-
-
-async def no_sessions(server: Server) -> None:
-    """Wait until the server has forgotten everybody."""
-    await until(lambda: not server.sessions and not server.batcher.lanes)
 
 
 # Server == offline.
@@ -297,7 +205,6 @@ async def test_a_minute_of_silence(tiny: Recognizer) -> None:
 
 # Clients that misbehave.
 
-START = Start(sample_rate=16000).encode()
 NAN = struct.pack("<f", float("nan")) * 100
 
 
@@ -767,225 +674,3 @@ async def test_a_recording_that_fails_is_logged_and_hurts_nobody(
     async with serving(tiny, record=tmp_path / "file") as server:
         assert await bystander(server, speech) == expected
     assert "cannot record" in caplog.text
-
-
-# Plain HTTP on the same port.
-
-
-@pytest.fixture
-def page(tmp_path: Path) -> Path:
-    root = tmp_path / "page"
-    (root / "sub").mkdir(parents=True)
-    for name, text in {
-        "index.html": "<!doctype html>",
-        "app.js": "export {}",
-        "style.css": "body{}",
-        "icon.svg": "<svg/>",
-        "sub/data.json": "{}",
-        "blob.xyz": "?",
-        ".hidden": "no",
-    }.items():
-        (root / name).write_text(text)
-    (tmp_path / "secret.txt").write_text("secret")
-    (root / "link.txt").symlink_to(tmp_path / "secret.txt")
-    (root / "folder").symlink_to(tmp_path, target_is_directory=True)
-    return root
-
-
-async def http(server: Server, target: str, method: str = "GET") -> tuple[int, dict[str, str], str]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-    answer = (await reader.read()).decode()
-    writer.close()
-    head, _, body = answer.partition("\r\n\r\n")
-    status, *lines = head.split("\r\n")
-    headers = dict(line.lower().split(": ", 1) for line in lines)
-    return int(status.split()[1]), headers, body
-
-
-async def test_the_page(tiny: Recognizer, page: Path) -> None:
-    async with serving(tiny, page=page) as server:
-        for target, kind in {
-            "/": "text/html; charset=utf-8",
-            "/?x=1": "text/html; charset=utf-8",
-            "/app.js": "text/javascript; charset=utf-8",
-            "/style.css": "text/css; charset=utf-8",
-            "/icon.svg": "image/svg+xml",
-            "/sub/data.json": "application/json",
-            "/blob.xyz": "application/octet-stream",
-        }.items():
-            status, headers, body = await http(server, target)
-            assert (status, headers["content-type"]) == (200, kind), target
-            assert headers["x-content-type-options"] == "nosniff"
-            assert "default-src 'self'" in headers["content-security-policy"]
-            assert len(body) == int(headers["content-length"]) > 0
-        status, headers, body = await http(server, "/app.js", "HEAD")
-        assert (status, headers["content-length"], body) == (200, "9", "")
-        assert (await http(server, "/app.js", "POST"))[0] == 405
-        assert (await http(server, "/v1/stream"))[0] == 426
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/nothing.html",
-        "/sub",
-        "/sub/",
-        "/.hidden",
-        "/../secret.txt",
-        "/%2e%2e/secret.txt",
-        "/..%2fsecret.txt",
-        "/sub/../../secret.txt",
-        "/sub/..%5c..%5csecret.txt",
-        "//secret.txt",
-        "/./index.html",
-        "/c:/secret.txt",
-        "/index.html%00.js",
-        "/link.txt",
-        "/%2fetc%2fpasswd",
-        "/%252e%252e/secret.txt",
-        "/%c0%ae%c0%ae/secret.txt",
-        "/sub%00/../../secret.txt",
-        "/folder/secret.txt",
-        "/..;/secret.txt",
-        "/\\..\\secret.txt",
-        "/" + "a/" * 2000,
-        "/" + "a" * 5000,
-    ],
-)
-async def test_no_way_out_of_the_page(tiny: Recognizer, page: Path, target: str) -> None:
-    async with serving(tiny, page=page) as server:
-        status, _, body = await http(server, target)
-        assert status == 404, body
-        assert "secret" not in body
-
-
-async def test_a_server_without_a_page(tiny: Recognizer) -> None:
-    async with serving(tiny) as server:
-        assert (await http(server, "/"))[0] == 404
-    assert static_file(None, "/").status_code == 404
-
-
-async def test_health(tiny: Recognizer) -> None:
-    async with serving(tiny, max_sessions=5) as server, client(server) as connection:
-        await connection.send(START)
-        await connection.recv()
-        status, headers, body = await http(server, "/healthz")
-        assert (status, headers["content-type"]) == (200, "application/json")
-        health = json.loads(body)
-        assert 0 <= health.pop("load") < 1
-        assert health == {
-            "status": "ok",
-            "bundle": "tiny",
-            "keys": False,
-            "sessions": 1,
-            "max_sessions": 5,
-        }
-
-
-@pytest.mark.parametrize(
-    ("origin", "allowed"),
-    [
-        (None, True),
-        ("http://192.0.2.1:8765", True),
-        ("https://192.0.2.1:8765", True),
-        ("http://192.0.2.1:9000", False),
-        ("http://localhost:3000", True),
-        ("http://127.0.0.1", True),
-        ("http://[::1]:80", True),
-        ("https://evil.example", False),
-        ("https://localhost.evil.example", False),
-        ("https://127.0.0.1.evil.example", False),
-        ("null", False),
-        ("file://", False),
-        ("http://[", False),
-        ("", False),
-        ("https://friend.example", True),
-    ],
-)
-def test_origins(origin: str | None, allowed: bool) -> None:
-    assert origin_allowed(origin, "192.0.2.1:8765", ["https://friend.example"]) is allowed
-    assert origin_allowed(origin, "192.0.2.1:8765", ["*"]) is True
-
-
-async def test_pages_of_strangers_cannot_connect(tiny: Recognizer) -> None:
-    async with serving(tiny, allow_origins=["https://friend.example"]) as server:
-        with pytest.raises(InvalidStatus) as caught:
-            async with client(server, origin="https://evil.example"):
-                pass
-        assert caught.value.response.status_code == 403
-        for origin in ("https://friend.example", f"http://127.0.0.1:{server.port}"):
-            async with client(server, origin=origin):
-                pass
-
-
-# A WebSocket client in bytes, for what a good library does not let one do.
-
-
-async def raw_session(
-    server: Server, *, small_buffers: bool = False
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """An open WebSocket; with small buffers the server soon notices what is not read."""
-    sock = socket.socket()
-    if small_buffers:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        assert server._server is not None
-        for listening in server._server.sockets:  # the accepted ones inherit it
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    sock.connect(("127.0.0.1", server.port))
-    sock.setblocking(False)
-    reader, writer = await asyncio.open_connection(sock=sock, limit=2048)
-    writer.write(
-        b"GET /v1/stream HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
-        b"Connection: Upgrade\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
-        b"Sec-WebSocket-Version: 13\r\n\r\n"
-    )
-    assert b"101" in await reader.readline()
-    while await reader.readline() != b"\r\n":
-        pass
-    return reader, writer
-
-
-def frame(payload: bytes, *, opcode: int = 2, length: int | None = None) -> bytes:
-    """A masked frame; `length` is what its header says."""
-    length = len(payload) if length is None else length
-    mask = os.urandom(4)
-    header = bytes([0x80 | opcode])
-    if length < 126:
-        header += bytes([0x80 | length])
-    elif length < 65536:
-        header += struct.pack(">BH", 0x80 | 126, length)
-    else:
-        header += struct.pack(">BQ", 0x80 | 127, length)
-    key = np.frombuffer((mask * (len(payload) // 4 + 1))[: len(payload)], np.uint8)
-    return header + mask + (np.frombuffer(payload, np.uint8) ^ key).tobytes()
-
-
-async def raw_frames(reader: asyncio.StreamReader) -> AsyncIterator[tuple[int, bytes]]:
-    while True:
-        first, length = await reader.readexactly(2)
-        if length == 126:
-            [length] = struct.unpack(">H", await reader.readexactly(2))
-        elif length == 127:
-            [length] = struct.unpack(">Q", await reader.readexactly(8))
-        yield first & 15, await reader.readexactly(length)
-
-
-async def raw_messages(reader: asyncio.StreamReader) -> AsyncIterator[str]:
-    async for opcode, payload in raw_frames(reader):
-        if opcode == 8:
-            return
-        yield payload.decode()
-
-
-async def close_code_of(reader: asyncio.StreamReader) -> int:
-    async with asyncio.timeout(30):
-        async for opcode, payload in raw_frames(reader):
-            if opcode == 8:
-                return int(struct.unpack(">H", payload[:2])[0])
-    raise AssertionError("no close frame")
-
-
-async def lanes_of(server: Server) -> list[Lane]:
-    await until(lambda: len(server.batcher.lanes) > 0)
-    return server.batcher.lanes
