@@ -42,6 +42,9 @@ COMMANDS: Mapping[str, Command] = {
         "loquent.clients.stream:main", "send a file to a server in real time, show the delays"
     ),
     "lm": Command("loquent.models.ngram:main", "a word language model from text", "train"),
+    "lm neural": Command(
+        "loquent.export.neural:main", "a recurrent word model beside it", "export"
+    ),
     "data": Command(
         "loquent.models.datacli:main", "check training data, convert it, score its labels", "train"
     ),

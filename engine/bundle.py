@@ -105,12 +105,26 @@ class RnntSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NeuralSpec:
+    """The recurrent word model beside the n-gram: of how many words, and how much it counts."""
+
+    graph: GraphFile
+    words: int
+    share: float
+    states: tuple[StateSpec, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LmSpec:
-    """The word language model of beam search, and how words are spelt after it, if they are."""
+    """The word language model of beam search.
+
+    Besides the n-gram: how words are spelt after it, and a recurrent model, if there are such.
+    """
 
     file: str
     sha256: str
     spelling: SpellingRules | None
+    neural: NeuralSpec | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -358,7 +372,24 @@ def _lm(fields: Fields) -> LmSpec:
             )
         except ConfigError as exc:
             raise BundleError(f"{MANIFEST}: lm.spelling: {exc}") from exc
-    return LmSpec(file=fields.file("file"), sha256=fields.string("sha256"), spelling=spelling)
+    return LmSpec(
+        file=fields.file("file"),
+        sha256=fields.string("sha256"),
+        spelling=spelling,
+        neural=_neural(fields.object("neural")) if fields.has("neural") else None,
+    )
+
+
+def _neural(fields: Fields) -> NeuralSpec:
+    share = fields.number("share", 0.5)
+    if not 0 < share <= 1:  # NaN too
+        raise BundleError(f"{MANIFEST}: got lm.neural.share = {share}, expected above 0, at most 1")
+    return NeuralSpec(
+        graph=_graph(fields),
+        words=fields.integer("words", 1),
+        share=share,
+        states=_states(fields),
+    )
 
 
 def _beams(top: Fields) -> dict[DecoderName, BeamRules]:

@@ -11,12 +11,14 @@ from loquent.engine.decode.beam import BeamSearch
 from loquent.engine.decode.ctc import CtcGreedy
 from loquent.engine.decode.decoder import Decoder
 from loquent.engine.decode.fusion import BeamRules, Fusion
+from loquent.engine.decode.neural import Neural
 from loquent.engine.decode.rnnt import RnntGreedy
 from loquent.engine.decode.transducer import Transducer
 from loquent.engine.ngram import Ngram
 from loquent.engine.predictor import OnnxPredictor
 from loquent.engine.session import Device
 from loquent.engine.spelling import Speller
+from loquent.engine.wordlm import OnnxWordModel
 
 # For a bundle that says nothing: what `loquent tune` found for the English model.
 DEFAULTS: Mapping[DecoderName, BeamRules] = {
@@ -47,6 +49,7 @@ class Decoders:
 
     def __init__(self, bundle: Bundle, *, threads: int, device: Device = "cpu") -> None:
         self._bundle = bundle
+        self._threads, self._device = threads, device
         self._model: Transducer | None = None
         if bundle.rnnt:
             networks = OnnxPredictor(bundle, bundle.rnnt, threads=threads, device=device)
@@ -82,7 +85,17 @@ class Decoders:
 
     @cached_property
     def _fusion(self) -> Fusion:
-        return Fusion(self._bundle.tokens, self._ngram, BeamRules())
+        return Fusion(self._bundle.tokens, self._ngram, BeamRules(), self._neural)
+
+    @cached_property
+    def _neural(self) -> Neural | None:
+        lm, ngram = self._bundle.lm, self._ngram
+        if not (lm and lm.neural and ngram):
+            return None
+        model = OnnxWordModel(
+            self._bundle, lm.neural, ngram, threads=self._threads, device=self._device
+        )
+        return Neural(model, share=lm.neural.share, start=ngram.start[-1])
 
     @cached_property
     def _ngram(self) -> Ngram | None:

@@ -35,6 +35,7 @@ from loquent.engine.decode.ctc import CtcState
 from loquent.engine.decode.fusion import BeamRules, Fusion, Words
 from loquent.engine.decode.hypothesis import Hypothesis as Prefix
 from loquent.engine.decode.leaning import Leaning
+from loquent.engine.decode.neural import Said
 from loquent.engine.decode.rnnt import RnntState
 from loquent.engine.decode.transducer import Context
 from loquent.engine.endpoint import Endpointer, EndpointRules
@@ -54,7 +55,7 @@ from loquent.engine.words import WordRules
 if TYPE_CHECKING:
     from loquent.engine.recognizer import Recognizer
 
-VERSION = 2
+VERSION = 3
 # A stream with its buffers full and a wide beam is about a megabyte.
 MAX_BYTES = 32 << 20
 
@@ -85,6 +86,7 @@ _CLASSES: dict[str, type[Any]] = {
         BeamState,
         Prefix,
         Words,
+        Said,
         HotwordState,
         Token,
         Frame,

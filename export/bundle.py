@@ -91,7 +91,7 @@ def write_bundle(student: Student, spec: BundleSpec, folder: Path) -> Bundle:
     export_encoder(student, partial / "encoder.onnx")
     pieces = [BLANK_PIECE if i == config.blank else p for i, p in enumerate(spec.pieces)]
     (partial / "tokens.txt").write_bytes(("\n".join(pieces) + "\n").encode())
-    tokens: dict[str, Any] = _file(partial, "tokens.txt")
+    tokens: dict[str, Any] = file_entry(partial, "tokens.txt")
     if spec.spm is not None:
         (partial / "tokens.spm").write_bytes(spec.spm)
         tokens |= {"spm": "tokens.spm", "spm_sha256": _sha256(partial / "tokens.spm")}
@@ -119,7 +119,7 @@ def write_bundle(student: Student, spec: BundleSpec, folder: Path) -> Bundle:
         "languages": dict(spec.languages),
         "precision": "fp32",
         "sample_rate": spec.features.sample_rate,
-        "features": {"spec": spec.features.to_dict(), **_file(partial, "features.npz")},
+        "features": {"spec": spec.features.to_dict(), **file_entry(partial, "features.npz")},
         "encoder": _encoder(student, lengths, partial),
         "heads": {
             "ctc": config.ctc,
@@ -149,11 +149,11 @@ def write_int8(source: Path, folder: Path) -> Bundle:
     shutil.copytree(source, partial)
     manifest = json.loads((partial / MANIFEST).read_text())
     quantise_int8(source / "encoder.onnx", partial / "encoder.onnx")
-    manifest["encoder"] |= _file(partial, "encoder.onnx")
+    manifest["encoder"] |= file_entry(partial, "encoder.onnx")
     if rnnt := manifest["heads"]["rnnt"]:
         for part in ("predictor", "joiner"):
             store_half(partial / f"{part}.onnx")
-            rnnt[part] |= _file(partial, f"{part}.onnx")
+            rnnt[part] |= file_entry(partial, f"{part}.onnx")
     manifest["precision"] = "int8"
     _write_manifest(partial, manifest)
     return _put(partial, folder)
@@ -181,7 +181,8 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _file(folder: Path, name: str) -> dict[str, str]:
+def file_entry(folder: Path, name: str) -> dict[str, str]:
+    """What a manifest says of a file."""
     return {"file": name, "sha256": _sha256(folder / name)}
 
 
@@ -209,7 +210,7 @@ def _encoder(student: Student, lengths: dict[str, Any], folder: Path) -> dict[st
     encoder = student.encoder
     states = encoder.initial_state(1)
     return {
-        **_file(folder, "encoder.onnx"),
+        **file_entry(folder, "encoder.onnx"),
         "subsampling": encoder.config.subsampling,
         "lookahead": encoder.config.lookahead,
         **lengths,
@@ -229,7 +230,7 @@ def _language_model(spec: BundleSpec, folder: Path) -> dict[str, Any]:
     if spec.lm is None:
         return {}
     (folder / "lm.npz").write_bytes(spec.lm)
-    return {"lm": _file(folder, "lm.npz") | {"spelling": dataclasses.asdict(SpellingRules())}}
+    return {"lm": file_entry(folder, "lm.npz") | {"spelling": dataclasses.asdict(SpellingRules())}}
 
 
 def _rnnt(student: Student, folder: Path) -> dict[str, Any]:
@@ -244,6 +245,6 @@ def _rnnt(student: Student, folder: Path) -> dict[str, Any]:
     ]
     return {
         "joiner_dim": student.config.joiner_dim,
-        "predictor": {**_file(folder, "predictor.onnx"), "states": states},
-        "joiner": _file(folder, "joiner.onnx"),
+        "predictor": {**file_entry(folder, "predictor.onnx"), "states": states},
+        "joiner": file_entry(folder, "joiner.onnx"),
     }

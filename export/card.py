@@ -46,7 +46,7 @@ def model_card(
                 "vocabulary": f"{len(bundle.tokens)} subwords",
                 "chunks": ", ".join(f"{ms:g}" for ms in bundle.chunks_ms) + " ms",
                 "decoders": ", ".join(bundle.decoders) + f" (default {bundle.default_decoder})",
-                "language model": "a word n-gram" if bundle.lm else "none",
+                "language model": _language_model(bundle),
                 "licence": str(bundle.manifest.get("licence", "unknown")),
             }
         ),
@@ -97,6 +97,12 @@ def write_card(
     own = [r for r in results if r.bundle == bundle.name]
     update_manifest(path, scores=[{"set": dataset, **row} for row in as_dicts(own)])
     (path / "README.md").write_text(text, "utf-8")
+
+
+def _language_model(bundle: Bundle) -> str:
+    if bundle.lm is None:
+        return "none"
+    return "a word n-gram" + (" and a recurrent network" if bundle.lm.neural else "")
 
 
 def _size(bundle: Bundle) -> int:

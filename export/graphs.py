@@ -101,7 +101,7 @@ class _PredictorGraph(nn.Module):
         return (out, *(following[name] for name in self.names))
 
 
-def _export(
+def export_graph(
     module: nn.Module,
     example: tuple[Tensor, ...],
     inputs: list[str],
@@ -159,7 +159,7 @@ def export_encoder(student: Student, path: Path) -> None:
     names = list(state)
     heads = ["ctc"] if student.ctc is not None else []
     heads += ["joiner"] if student.config.joiner_dim else []
-    _export(
+    export_graph(
         _EncoderGraph(student),
         (window, torch.tensor(config.subsampling), torch.arange(2), *state.values()),
         ["window", "right_context", "rows", *(f"state.{n}" for n in names)],
@@ -179,7 +179,7 @@ def export_predictor(student: Student, path: Path) -> None:
     batch = Dim("batch", min=1)
     shapes = student.predictor.state_shapes()
     states = [torch.zeros((2, *shape), dtype=dtype) for shape, dtype in shapes.values()]
-    _export(
+    export_graph(
         _PredictorGraph(student),
         (torch.zeros(2, dtype=torch.int64), *states),
         ["token", *(f"state.{n}" for n in shapes)],
@@ -194,7 +194,7 @@ def export_joiner(student: Student, path: Path) -> None:
     batch = Dim("batch", min=1)
     width = student.config.joiner_dim
     example = (torch.zeros(2, width), torch.zeros(2, width))
-    _export(
+    export_graph(
         _JoinerGraph(student),
         example,
         ["enc", "pred"],

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loquent.export import cli as export_cli
-from loquent.export import evaluate, tune
+from loquent.export import evaluate, neural, tune
 from loquent.models import cli as train_cli
 from loquent.models import datacli, distill, ngram
 
-# `loquent NAME` -> what it runs.
+# `loquent NAME` -> what it runs; `lm neural` is the one name of two words.
 PROGRAMS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "data": datacli.main,
     "train": train_cli.main,
     "distill": distill.main,
-    "lm": ngram.main,
+    "lm": lambda words: neural.main(words[1:]) if words[0] == "neural" else ngram.main(words),
     "export": export_cli.main,
     "tune": tune.main,
     "evaluate": evaluate.main,
@@ -60,7 +60,9 @@ class Scale:
         batch_seconds: audio a batch.
         every: steps between evaluations and checkpoints.
         decay: last steps, in which the learning rate falls.
-        words, least: of the word model, see `loquent lm`.
+        words, least: of the word n-gram, see `loquent lm`.
+        neural: steps of the recurrent word model and of its learning rate's fall, words that have
+            a row in it, and its size.
         int8_max_loss: absolute WER that int8 may cost.
         tuning: rounds and draws of `loquent tune`.
         layers: of the teacher that the student begins as; None: all.
@@ -76,6 +78,7 @@ class Scale:
     decay: int
     words: int
     least: tuple[int, int]
+    neural: tuple[int, int, int, int]
     int8_max_loss: float
     tuning: tuple[int, int]
     chunks_ms: tuple[int, ...]
@@ -93,10 +96,28 @@ SCALES = {
         decay=1500,
         words=30_000,
         least=(2, 3),
+        neural=(8000, 4800, 20_000, 512),
         int8_max_loss=0.01,
         tuning=(4, 15),
         chunks_ms=(40, 80, 160, 320, 640, 1280),
         layers="0,2,3,4,5",
+    ),
+    # An evening of a laptop.
+    "small": Scale(
+        vocab=256,
+        teacher_steps=400,
+        student_steps=1000,
+        batch_seconds=40,
+        every=200,
+        decay=300,
+        words=30_000,
+        least=(2, 3),
+        neural=(2000, 1500, 20_000, 512),
+        int8_max_loss=0.02,
+        tuning=(1, 6),
+        chunks_ms=(160, 320, 1280),
+        layers="0,2,3,4,5",
+        decoders=("joint",),
     ),
     "tiny": Scale(
         vocab=12,
@@ -107,6 +128,7 @@ SCALES = {
         decay=2,
         words=100,
         least=(1, 1),
+        neural=(3, 2, 50, 16),
         int8_max_loss=1.0,
         tuning=(1, 5),
         chunks_ms=(320,),
@@ -244,6 +266,20 @@ def small(language: str, sources: Sources, scale: Scale) -> list[Step]:
             bundle / "manifest.json",
         ),
         Step(
+            "neural",
+            _words(
+                *("lm", "neural", *texts, train, "--write"),
+                bundle=bundle,
+                dev=dev,
+                run=run / "wordlm",
+                steps=scale.neural[0],
+                decay=scale.neural[1],
+                words=scale.neural[2],
+                hidden=scale.neural[3],
+            ),
+            run / "bundle" / neural.GRAPH,
+        ),
+        Step(
             "tune",
             _words(
                 *("tune", dev, "--write"),
@@ -335,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--data", type=Path, required=True, help="folder of manifests")
     parser.add_argument("--run", type=Path, help="folder of the run (default: runs/RECIPE)")
-    parser.add_argument("--scale", choices=SCALES, default="full", help="tiny: to try it out")
+    parser.add_argument("--scale", choices=SCALES, default="full", help="how much: %(choices)s")
     parser.add_argument(
         "--teacher", default=Sources.teacher, help="pretrained encoder (default %(default)s)"
     )

@@ -356,7 +356,9 @@ class Loop(ABC, Generic[B]):
             cpu, wall = cpu_now, now
             bar.update()
             shown = {n: f"{v:.3f}" for n, v in smooth.items()}
-            bar.set_postfix(**shown, audio=f"{p.audio_hours:.1f}h", speed=f"{speed:.0f}h/h")
+            if speed:  # there is none where the batches are text
+                shown |= {"audio": f"{p.audio_hours:.1f}h", "speed": f"{speed:.0f}h/h"}
+            bar.set_postfix(shown)
             ended = self._ended()
             if p.step % c.eval_every == 0 or ended:
                 self._evaluate(smooth)

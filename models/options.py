@@ -57,7 +57,7 @@ def add_loop_options(
     parser: argparse.ArgumentParser,
     *,
     steps: int,
-    batch_seconds: float,
+    batch_seconds: float | None,
     lr: float,
     head_lr: float,
 ) -> None:
@@ -66,9 +66,12 @@ def add_loop_options(
     parser.add_argument(
         "--decay", type=int, default=1500, help="last steps, in which the learning rate falls"
     )
-    parser.add_argument(
-        "--batch-seconds", type=float, default=batch_seconds, help="(default %(default)s)"
-    )
+    if batch_seconds is None:  # it learns from something else than audio
+        parser.set_defaults(batch_seconds=0.0)
+    else:
+        parser.add_argument(
+            "--batch-seconds", type=float, default=batch_seconds, help="(default %(default)s)"
+        )
     parser.add_argument(
         "--accumulate", type=int, default=1, help="batches per step and process (default 1)"
     )

@@ -26,6 +26,7 @@ from loquent.engine.decode import Frame, Token
 from loquent.engine.decode.agreement import PATIENCE, agreed
 from loquent.engine.decode.decoder import Job, Settings
 from loquent.engine.decode.fusion import Fusion
+from loquent.engine.decode.fusion import reconsider as weigh_words
 from loquent.engine.decode.hypothesis import NEVER, Hypothesis, log_add
 from loquent.engine.decode.scores import Growth, Rows, Scores, score
 from loquent.engine.decode.transducer import Transducer, log_softmax
@@ -64,8 +65,10 @@ class BeamState:
 
     def flush(self) -> tuple[Token, ...]:
         """The best hypothesis, its last word being over."""
-        finished = self.fusion.finished
-        scores = [h.acoustic(self.share) + finished(h.words) for h in self.hypotheses]
+        finished = self.fusion.finished([h.words for h in self.hypotheses])
+        scores = [
+            h.acoustic(self.share) + f for h, f in zip(self.hypotheses, finished, strict=True)
+        ]
         since, until = self.heard - PATIENCE + 1, self.heard + 1
         found = agreed(scores, [h.tokens for h in self.hypotheses], since, until)
         return found[scores.index(max(scores))]
@@ -120,6 +123,8 @@ class BeamSearch:
                 for beam, scores in zip(unsure, self._score(unsure, k), strict=True):
                     beam.advance(k, scores)
                 self._extend(unsure)
+            if ending := [beam for beam in live if k == beam.count - 1]:
+                reconsider(ending)
             for beam in live:
                 beam.listen(k)
         return [(beam.frames, beam.state()) for beam in beams]
@@ -293,6 +298,7 @@ class _Beam:
                 hypothesis.tokens = said
         tokens: tuple[Token, ...] = ()
         if self._endpointer.accept(Frame(number, (), self._speech)) == "endpoint":
+            reconsider([self])
             tokens = self.state().flush()
             self._endpointer.restart(None)
             self.hypotheses = [self._decoder.root(self.fusion)]
@@ -315,6 +321,16 @@ class _Beam:
         if shared:
             self.hypotheses = [h.settled(shared) for h in self.hypotheses]
         return best.tokens[:shared]
+
+
+def reconsider(beams: Sequence[_Beam]) -> None:
+    """Have the neural language model's view of all words that are over, if there is one."""
+    searches = [(beam.fusion, [h.words for h in beam.hypotheses]) for beam in beams]
+    for beam, found in zip(beams, weigh_words(searches), strict=True):
+        beam.hypotheses = [
+            h if words is h.words else h.reworded(words)
+            for h, words in zip(beam.hypotheses, found, strict=True)
+        ]
 
 
 def _speaks(tokens: Sequence[Token], frame: int) -> bool:

@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from loquent.engine.decode.neural import Neural, Said
 from loquent.engine.errors import ConfigError
 from loquent.engine.hotwords import HotwordGraph, HotwordState
 from loquent.engine.ngram import Ngram, State
@@ -83,6 +84,8 @@ class Words(NamedTuple):
         growing: the word that is not over.
         score: ``total`` and what is to be expected of the growing word.
         hot: where the hypothesis stands in the hotwords.
+        said: the words that are over, as a neural model sees them, if there is one.
+        gained: what of that model's view is in ``total``.
     """
 
     state: State
@@ -90,6 +93,34 @@ class Words(NamedTuple):
     growing: str
     score: float
     hot: HotwordState = HotwordGraph.start
+    said: Said | None = None
+    gained: float = 0.0
+
+
+def reconsider(searches: Sequence[tuple[Fusion, Sequence[Words]]]) -> list[list[Words]]:
+    """Ask the neural model about the words that searches have gained, all in one call.
+
+    Args:
+        searches: each with its hypotheses' words. All are of one bundle.
+
+    Returns:
+        The words of each, the model's view in their scores.
+    """
+    neural = next((fusion._neural for fusion, _ in searches if fusion._neural), None)
+    if neural:
+        said = [words.said for _, every in searches for words in every if words.said is not None]
+        neural.compute(said)
+    return [[_gaining(words, fusion.rules) for words in every] for fusion, every in searches]
+
+
+def _gaining(words: Words, rules: BeamRules) -> Words:
+    if words.said is None:
+        return words
+    gained = rules.lm_weight * words.said.gain
+    more = gained - words.gained
+    if not more:
+        return words
+    return words._replace(total=words.total + more, score=words.score + more, gained=gained)
 
 
 class Fusion:
@@ -99,12 +130,20 @@ class Fusion:
         pieces: the bundle's tokens by id.
         ngram: None scores nothing.
         rules: weights.
+        neural: a network beside the n-gram.
     """
 
-    def __init__(self, pieces: Sequence[str], ngram: Ngram | None, rules: BeamRules) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[str],
+        ngram: Ngram | None,
+        rules: BeamRules,
+        neural: Neural | None = None,
+    ) -> None:
         self._starts = [piece.startswith(WORD_START) for piece in pieces]
         self._texts = [piece.removeprefix(WORD_START) for piece in pieces]
         self._ngram = ngram
+        self._neural = neural if ngram else None
         self.rules = rules
         self.hotwords: HotwordGraph | None = None
         self._ahead: dict[str, float] = {}
@@ -130,7 +169,7 @@ class Fusion:
         other = copy(self)
         other.rules = rules
         if not rules.lm_weight:
-            other._ngram = None
+            other._ngram = other._neural = None
         return other
 
     def biased(self, hotwords: HotwordGraph | None) -> Fusion:
@@ -152,33 +191,57 @@ class Fusion:
 
     def start(self) -> Words:
         """The beginning of a sentence."""
-        return Words(self._ngram.start if self._ngram else (), 0.0, "", 0.0)
+        said = self._neural.start if self._neural else None
+        return Words(self._ngram.start if self._ngram else (), 0.0, "", 0.0, said=said)
 
     def extend(self, words: Words, token: int, bonus: float) -> Words:
         """With one more token, which is worth ``bonus`` besides."""
-        state, total, growing, _, hot = words
+        state, total, growing, _, hot, said, gained = words
         total += bonus
         if self.hotwords:
             gain, hot = self.hotwords.step(hot, token)
             total += gain
         if self._starts[token]:
+            if said and growing:
+                said = Said(said, *self._known(state, growing))
             score, state = self._word(state, growing)
             total += score
             growing = self._texts[token]
         else:
             growing += self._texts[token]
-        return Words(state, total, growing, total + self._expected(growing), hot)
+        return Words(state, total, growing, total + self._expected(growing), hot, said, gained)
 
     def rebiased(self, words: Words, before: HotwordGraph | None) -> Words:
         """The same after other hotwords: those of ``before`` pay no longer for what is not over."""
         total = words.total + (before.finish(words.hot) if before else 0.0)
         expected = self._expected(words.growing)
-        return Words(words.state, total, words.growing, total + expected, HotwordGraph.start)
+        return words._replace(total=total, score=total + expected, hot=HotwordGraph.start)
 
-    def finished(self, words: Words) -> float:
-        """The score if the growing word is over."""
-        hot = self.hotwords.finish(words.hot) if self.hotwords else 0.0
-        return words.total + hot + self._word(words.state, words.growing)[0]
+    def finished(self, hypotheses: Sequence[Words]) -> list[float]:
+        """The scores if the growing words are over, the neural model asked up to them."""
+        ended = [
+            words.total
+            + (self.hotwords.finish(words.hot) if self.hotwords else 0.0)
+            + self._word(words.state, words.growing)[0]
+            for words in hypotheses
+        ]
+        if self._neural is None:
+            return ended
+        asked = [
+            (words.said, *self._known(words.state, words.growing))
+            for words in hypotheses
+            if words.said is not None
+        ]
+        gains = self._neural.gains(asked)
+        return [score + self.rules.lm_weight * g for score, g in zip(ended, gains, strict=True)]
+
+    def _known(self, state: State, word: str) -> tuple[int, float | None]:
+        """Id of a word, and its log-probability by the n-gram if that knows it."""
+        assert self._ngram, "there is a language model"
+        index = self._ngram.ids.get(word)
+        if index is None:
+            return self._ngram.unknown, None
+        return index, self._ngram.score(state, index)[0]
 
     def _expected(self, prefix: str) -> float:
         if self._ngram is None:

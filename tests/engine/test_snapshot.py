@@ -143,7 +143,7 @@ def test_another_bundle_or_version_is_refused(
     with pytest.raises(SnapshotError, match="another bundle"):
         babble.restore(data)
     monkeypatch.setattr(snapshot, "VERSION", 99)
-    with pytest.raises(SnapshotError, match="version 2, expected 99"):
+    with pytest.raises(SnapshotError, match="version 3, expected 99"):
         tiny.restore(data)
 
 

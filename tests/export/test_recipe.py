@@ -62,13 +62,14 @@ def test_from_recordings_to_a_bundle(
     assert recipe.main(args) == 0
     bundle = Bundle.load(run / "bundle")
     assert (bundle.precision, bundle.default_decoder) == ("int8", "joint")
+    assert (run / "bundle" / "words.onnx").exists()
     assert "WER" in (run / "bundle" / "README.md").read_text()
     assert json.loads((run / "student" / "last" / "state.json").read_text())["origin"]["teacher"]
     out = capsys.readouterr().out
-    assert "[8/8] evaluate: loquent evaluate" in out
+    assert "[9/9] evaluate: loquent evaluate" in out
     # The same command again does nothing.
     assert recipe.main(args) == 0
-    assert capsys.readouterr().out.count(": done") == 8
+    assert capsys.readouterr().out.count(": done") == 9
 
 
 def _steps(folder: Path) -> list[Step]:
@@ -145,6 +146,7 @@ def test_the_recipe_takes_what_there_is(tmp_path: Path) -> None:
         "student",
         "lm",
         "export",
+        "neural",
         "tune",
         "evaluate",
     ]
