@@ -22,6 +22,7 @@ from tqdm import tqdm
 from loquent.engine.features import Fbank, whisper_spec
 from loquent.models.checkpoint import CheckpointError, load_checkpoint, read_json, recover
 from loquent.models.data import DataError, FeatureCache, Utterance, collate, read_manifest
+from loquent.models.devices import cpu_has_bf16
 from loquent.models.options import guarded
 from loquent.models.posteriors import PosteriorWriter, key_of
 from loquent.models.scoring import ctc_greedy
@@ -77,11 +78,13 @@ class StudentTeacher:
             room=encoder.lookahead,
         )
         x, lengths = batch.x_BTF.to(self._device), batch.lengths_B.to(self._device)
-        with torch.no_grad():
+        kind = self._device.type
+        half = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or cpu_has_bf16())
+        with torch.no_grad(), half:
             encoded, frames = self._student(x, lengths, WHOLE, 0)
             logs = self._student.ctc_log_probs(encoded)
         return [
-            (logs[i, :n].cpu().numpy(), encoded[i, :n].float().cpu().numpy())
+            (logs[i, :n].float().cpu().numpy(), encoded[i, :n].float().cpu().numpy())
             for i, n in enumerate(frames.tolist())
         ]
 
