@@ -106,10 +106,10 @@ class RnntSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NeuralSpec:
-    """The recurrent word model beside the n-gram: of how many words, and how much it counts."""
+    """The recurrent word model beside the n-gram: for which words, and how much it counts."""
 
     graph: GraphFile
-    words: int
+    words_sha256: str
     share: float
     states: tuple[StateSpec, ...]
 
@@ -386,7 +386,7 @@ def _neural(fields: Fields) -> NeuralSpec:
         raise BundleError(f"{MANIFEST}: got lm.neural.share = {share}, expected above 0, at most 1")
     return NeuralSpec(
         graph=_graph(fields),
-        words=fields.integer("words", 1),
+        words_sha256=fields.string("words_sha256"),
         share=share,
         states=_states(fields),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,11 @@ from loquent.engine.session import Array, Device, Graph, State, initial_state, s
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
+
+
+def words_sha256(words: Sequence[str]) -> str:
+    """What ties a network to an n-gram, whose words it takes by their places."""
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
 class OnnxWordModel:
@@ -33,11 +39,10 @@ class OnnxWordModel:
         threads: int = 1,
         device: Device = "cpu",
     ) -> None:
-        if spec.words != len(ngram.words):
+        if spec.words_sha256 != words_sha256(ngram.words):
             raise BundleError(
-                f"{bundle.files.where}: {spec.graph.file} is made for an n-gram of {spec.words} "
-                f"words, expected one for {len(ngram.words)}; make it again with `loquent lm "
-                "neural --write`"
+                f"{bundle.files.where}: {spec.graph.file} is made for an n-gram of other words "
+                "than the bundle's; make it again with `loquent lm neural --write`"
             )
         self._names = [state.name for state in spec.states]
         self._outputs = ["logp", *("next." + name for name in self._names)]
@@ -50,10 +55,15 @@ class OnnxWordModel:
             device=device,
         )
         self.initial: State = initial_state(spec.states)
-        # The last word there is, which a graph for fewer words would not have.
-        logp, state = self.step(np.array([spec.words - 1], np.int64), self.initial)
-        self._graph.check_result({"logp": logp}, {"logp": ("float32", (1,))})
-        self._graph.check_result(state, state_tensors("", spec.states, batch=1))
+        # A batch, and the last word there is.
+        words = np.array([ngram.start[-1], len(ngram.words) - 1], np.int64)
+        twice = {name: np.concatenate([array, array]) for name, array in self.initial.items()}
+        try:
+            logp, state = self.step(words, twice)
+        except Exception as exc:  # ONNX Runtime's own errors have no common base class
+            raise BundleError(f"{self._graph.where}: a trial run failed ({exc})") from exc
+        self._graph.check_result({"logp": logp}, {"logp": ("float32", (2,))})
+        self._graph.check_result(state, state_tensors("", spec.states, batch=2))
 
     def step(self, word: Int64, state: Mapping[str, Array]) -> tuple[Float32, State]:
         """Words (N,) and states before them -> their log-probabilities (N,) and states."""

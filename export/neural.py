@@ -1,5 +1,8 @@
 """``loquent lm neural``: a recurrent word model beside the n-gram of a bundle, learnt from text.
 
+What is written is RUN/last: only the last steps look at all words, which makes probabilities of
+scores.
+
 It knows more than two words back, and words like those that it has seen; the n-gram knows what is
 said again and again. A word is worth what both think of it (`loquent.engine.decode.neural`).
 """
@@ -8,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +23,7 @@ from tqdm import tqdm
 
 from loquent.engine.bundle import META_FEATURES, META_SCHEMA, META_TOKENS, SCHEMA, Bundle
 from loquent.engine.ngram import Ngram
+from loquent.engine.wordlm import words_sha256
 from loquent.export.bundle import file_entry, update_manifest
 from loquent.export.graphs import export_graph, set_metadata
 from loquent.export.quantise import quantise_int8
@@ -99,31 +105,31 @@ def write_neural(model: WordLm, folder: Path, *, share: float) -> Bundle:
     """
     bundle = Bundle.load(folder)
     ngram = _ngram(bundle)
-    partial = folder / (GRAPH + ".part")
     states = {"out": model.config.width, "hidden": model.config.hidden, "cell": model.config.hidden}
     batch = {0: Dim("batch", min=1)}
-    export_graph(
-        _Step(model, ngram),
-        (torch.zeros(2, dtype=torch.int64), *(torch.zeros(2, size) for size in states.values())),
-        ["word", *(f"state.{name}" for name in states)],
-        ["logp", *(f"next.{name}" for name in states)],
-        (batch,) * 4,
-        partial,
-    )
-    if bundle.precision == "int8":
-        quantise_int8(partial, partial)
-    set_metadata(
-        partial,
-        {
-            META_SCHEMA: str(SCHEMA),
-            META_FEATURES: bundle.features.digest(),
-            META_TOKENS: bundle.tokens_sha256,
-        },
-    )
-    partial.replace(folder / GRAPH)
+    rows = [torch.zeros(2, size) for size in states.values()]
+    metadata = {
+        META_SCHEMA: str(SCHEMA),
+        META_FEATURES: bundle.features.digest(),
+        META_TOKENS: bundle.tokens_sha256,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        graph = Path(scratch) / GRAPH
+        export_graph(
+            _Step(model, ngram),
+            (torch.zeros(2, dtype=torch.int64), *rows),
+            ["word", *(f"state.{name}" for name in states)],
+            ["logp", *(f"next.{name}" for name in states)],
+            (batch,) * 4,
+            graph,
+        )
+        if bundle.precision == "int8":
+            quantise_int8(graph, graph)
+        set_metadata(graph, metadata)
+        (folder / GRAPH).write_bytes(graph.read_bytes())
     neural = {
         **file_entry(folder, GRAPH),
-        "words": len(ngram.words),
+        "words_sha256": words_sha256(ngram.words),
         "share": share,
         "states": [
             {"name": name, "shape": [size], "dtype": "float32", "init": 0}
@@ -151,15 +157,14 @@ def _run(args: argparse.Namespace) -> None:
     if not 0 < args.share <= 1:
         raise DataError(f"--share: got {args.share:g}, expected more than 0 and at most 1")
     ngram = _ngram(Bundle.load(args.bundle))
+    shape = WordLmConfig(words=(), width=args.width, hidden=args.hidden)
     paths: list[Path] = args.text
     sentences = [s for path in paths for s in tqdm(read_sentences(path), unit="line", disable=None)]
     dev = list(read_sentences(args.dev))
     if not sentences or not dev:
         raise DataError("got no text to learn from, or none in --dev")
     counts = count_words(sentences)
-    shape = WordLmConfig(
-        words=choose_words(ngram, counts, args.words), width=args.width, hidden=args.hidden
-    )
+    shape = replace(shape, words=choose_words(ngram, counts, args.words))
     origin = {
         "text": [path.name for path in paths],
         "words": sum(counts.values()),
@@ -169,6 +174,8 @@ def _run(args: argparse.Namespace) -> None:
         args.run, shape, sentences, dev, config, origin, batch_words=args.batch_words
     )
     trainer.fit()
+    if trainer.devices.rank:
+        return
     print(json.dumps({"run": str(args.run), **vars(trainer.progress)}))
     if args.write:
         model, _ = load_word_lm(args.run / "last")
@@ -201,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of it in the probability of a word; the n-gram has the rest (%(default)s)",
     )
     parser.add_argument("--write", action="store_true", help="put it into the bundle")
-    add_loop_options(parser, steps=9000, batch_seconds=None, lr=2e-3, head_lr=2e-3)
-    parser.set_defaults(decay=5300)
+    add_loop_options(parser, steps=8000, batch_seconds=None, lr=2e-3, head_lr=None)
+    parser.set_defaults(decay=4800)
     args = parser.parse_args(argv)
     return guarded(parser, lambda: _run(args))

@@ -59,7 +59,7 @@ def add_loop_options(
     steps: int,
     batch_seconds: float | None,
     lr: float,
-    head_lr: float,
+    head_lr: float | None,
 ) -> None:
     """Steps, rates, evaluation, checkpoints."""
     parser.add_argument("--steps", type=int, default=steps, help="(default %(default)s)")
@@ -75,8 +75,14 @@ def add_loop_options(
     parser.add_argument(
         "--accumulate", type=int, default=1, help="batches per step and process (default 1)"
     )
-    parser.add_argument("--lr", type=float, default=lr, help="of the encoder (%(default)s)")
-    parser.add_argument("--head-lr", type=float, default=head_lr, help="of the rest (%(default)s)")
+    if head_lr is None:  # it has no encoder
+        parser.add_argument("--lr", type=float, default=lr, dest="head_lr", help="(%(default)s)")
+        parser.set_defaults(lr=lr)
+    else:
+        parser.add_argument("--lr", type=float, default=lr, help="of the encoder (%(default)s)")
+        parser.add_argument(
+            "--head-lr", type=float, default=head_lr, help="of the rest (%(default)s)"
+        )
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--eval-every", type=int, default=500)
     parser.add_argument(

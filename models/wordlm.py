@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,26 @@ from loquent.models.data import DataError
 from loquent.models.loop import Loop, LoopConfig
 
 _PADDING = -1
+_LONGEST = 256  # words; what is longer goes on as a sentence of its own
 _POOL = 8000  # sentences that are sorted by length among each other
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordLmConfig:
-    """The shape. ``words`` are those that have a row of their own; the first two are marks."""
+    """The shape. ``words`` are those that have a row of their own; the first two are marks.
+
+    Raises:
+        DataError: a size that is none.
+    """
 
     words: tuple[str, ...]
     width: int = 192
     hidden: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("width", "hidden"):
+            if getattr(self, name) < 1:
+                raise DataError(f"got {name} {getattr(self, name)}, expected 1 or more")
 
 
 class WordLm(nn.Module):
@@ -73,7 +83,13 @@ class WordLm(nn.Module):
 
 
 def choose_words(ngram: Ngram, counts: Mapping[str, int], most: int) -> tuple[str, ...]:
-    """The marks, and of the n-gram's words those that are most frequent in the text."""
+    """The marks, and of the n-gram's words those that are most frequent in the text.
+
+    Raises:
+        DataError: none are asked for.
+    """
+    if most < 1:
+        raise DataError(f"got {most} words, expected 1 or more")
     known = [(-count, word) for word, count in counts.items() if word in ngram.ids]
     return (UNKNOWN, START, *sorted(word for _, word in sorted(known)[:most]))
 
@@ -105,12 +121,13 @@ class _Objective(nn.Module):
         loss, total = self.losses(words_BT, everything=step >= self.full_from)
         return {
             "loss": (loss + self.norm * total**2).sum(),
-            "count": torch.tensor(float(len(loss))),
+            "count": torch.tensor(float(len(loss)), device=loss.device),
             "nats": loss.detach().sum(),
         }
 
     def losses(self, words_BT: Tensor, *, everything: bool) -> tuple[Tensor, Tensor]:
         """Of every word its loss, and the logarithm of the sum over all words: both (N,)."""
+        words_BT = words_BT.to(self.frequent.device)
         inputs, targets = words_BT[:, :-1].clamp(min=0), words_BT[:, 1:]
         real = targets != _PADDING
         out, targets = self.model(inputs)[real], targets[real]
@@ -160,8 +177,10 @@ class WordLmTrainer(Loop[Tensor]):
         if not any(len(sentence.split()) for sentence in train):
             raise DataError("got no text to learn a language model from")
         ids = {word: i for i, word in enumerate(shape.words)}
-        self.train = [_ids(sentence, ids) for sentence in train]
-        self.dev = [_ids(sentence, ids) for sentence in dev]
+        if batch_words < 1:
+            raise DataError(f"got batches of {batch_words} words, expected 1 or more")
+        self.train = [part for sentence in train for part in _ids(sentence, ids)]
+        self.dev = [part for sentence in dev for part in _ids(sentence, ids)]
         self.shape, self.origin, self.batch_words = shape, origin, batch_words
         torch.manual_seed(config.seed)
         self.model = WordLm(shape, dropout=dropout)
@@ -199,7 +218,7 @@ class WordLmTrainer(Loop[Tensor]):
             words = _padded([self.dev[i] for i in indices])
             with torch.no_grad():
                 loss, sum_of_all = self.objective.losses(words, everything=True)
-            known = words[:, 1:][words[:, 1:] != _PADDING] != 0
+            known = (words[:, 1:][words[:, 1:] != _PADDING] != 0).to(loss.device)
             total += float(loss[known].sum())
             sums += float(sum_of_all[known].sum())
             count += int(known.sum())
@@ -211,8 +230,8 @@ class WordLmTrainer(Loop[Tensor]):
     def _check(self, folder: Path) -> None:
         if read_json(folder / "config.json") != self._config():
             raise CheckpointError(
-                f"{folder}: the run that it belongs to has other words or another shape; choose "
-                "another folder for the run"
+                f"{folder}: the run that it belongs to has other words (was the text changed?) or "
+                "another shape; remove it, or choose another folder for the run"
             )
 
     def _write(self, name: str, raw: Tensors | None, optimizer: Tensors | None) -> None:
@@ -231,7 +250,7 @@ def load_word_lm(folder: Path) -> tuple[WordLm, dict[str, Any]]:
     try:
         model = WordLm(WordLmConfig(**{**config, "words": tuple(config["words"])}))
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, DataError) as error:
         message = f"{folder}: no word model of `loquent lm neural` ({error})"
         raise CheckpointError(message) from error
     return model.eval(), read_json(folder / "state.json")
@@ -242,8 +261,11 @@ def count_words(sentences: Iterable[str]) -> Counter[str]:
     return Counter(word for sentence in sentences for word in sentence.split())
 
 
-def _ids(sentence: str, ids: Mapping[str, int]) -> NDArray[np.int64]:
-    return np.array([1, *(ids.get(word, 0) for word in sentence.split())], np.int64)
+def _ids(sentence: str, ids: Mapping[str, int]) -> Iterator[NDArray[np.int64]]:
+    """With the mark of the start before each part."""
+    words = [ids.get(word, 0) for word in sentence.split()]
+    for first in range(0, len(words), _LONGEST):
+        yield np.array([1, *words[first : first + _LONGEST]], np.int64)
 
 
 def _batches(

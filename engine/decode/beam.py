@@ -65,10 +65,8 @@ class BeamState:
 
     def flush(self) -> tuple[Token, ...]:
         """The best hypothesis, its last word being over."""
-        finished = self.fusion.finished([h.words for h in self.hypotheses])
-        scores = [
-            h.acoustic(self.share) + f for h, f in zip(self.hypotheses, finished, strict=True)
-        ]
+        finished = self.fusion.finished
+        scores = [h.acoustic(self.share) + finished(h.words) for h in self.hypotheses]
         since, until = self.heard - PATIENCE + 1, self.heard + 1
         found = agreed(scores, [h.tokens for h in self.hypotheses], since, until)
         return found[scores.index(max(scores))]

@@ -86,6 +86,7 @@ class Words(NamedTuple):
         hot: where the hypothesis stands in the hotwords.
         said: the words that are over, as a neural model sees them, if there is one.
         gained: what of that model's view is in ``total``.
+        ending: what it adds should the growing word be over; None until it was asked.
     """
 
     state: State
@@ -95,10 +96,11 @@ class Words(NamedTuple):
     hot: HotwordState = HotwordGraph.start
     said: Said | None = None
     gained: float = 0.0
+    ending: float | None = None
 
 
 def reconsider(searches: Sequence[tuple[Fusion, Sequence[Words]]]) -> list[list[Words]]:
-    """Ask the neural model about the words that searches have gained, all in one call.
+    """Ask the neural model about the words that searches have gained, together.
 
     Args:
         searches: each with its hypotheses' words. All are of one bundle.
@@ -107,20 +109,39 @@ def reconsider(searches: Sequence[tuple[Fusion, Sequence[Words]]]) -> list[list[
         The words of each, the model's view in their scores.
     """
     neural = next((fusion._neural for fusion, _ in searches if fusion._neural), None)
-    if neural:
-        said = [words.said for _, every in searches for words in every if words.said is not None]
-        neural.compute(said)
-    return [[_gaining(words, fusion.rules) for words in every] for fusion, every in searches]
+    if neural is None:
+        return [list(every) for _, every in searches]
+    new = [
+        (fusion, words.said, words)
+        for fusion, every in searches
+        for words in every
+        if words.said is not None and words.ending is None
+    ]
+    neural.compute([said for _, said, _ in new])
+    endings = neural.gains(
+        [(said, *fusion._known(words.state, words.growing)) for fusion, said, words in new]
+    )
+    found = iter(zip(new, endings, strict=True))
+    return [
+        [
+            words
+            if words.said is None or words.ending is not None
+            else _gaining(words, words.said, fusion.rules.lm_weight, next(found)[1])
+            for words in every
+        ]
+        for fusion, every in searches
+    ]
 
 
-def _gaining(words: Words, rules: BeamRules) -> Words:
-    if words.said is None:
-        return words
-    gained = rules.lm_weight * words.said.gain
+def _gaining(words: Words, said: Said, weight: float, ending: float) -> Words:
+    gained = weight * said.gain
     more = gained - words.gained
-    if not more:
-        return words
-    return words._replace(total=words.total + more, score=words.score + more, gained=gained)
+    return words._replace(
+        total=words.total + more,
+        score=words.score + more,
+        gained=gained,
+        ending=weight * ending,
+    )
 
 
 class Fusion:
@@ -142,8 +163,8 @@ class Fusion:
     ) -> None:
         self._starts = [piece.startswith(WORD_START) for piece in pieces]
         self._texts = [piece.removeprefix(WORD_START) for piece in pieces]
-        self._ngram = ngram
-        self._neural = neural if ngram else None
+        self._models = ngram, neural if ngram else None
+        self._ngram, self._neural = self._models
         self.rules = rules
         self.hotwords: HotwordGraph | None = None
         self._ahead: dict[str, float] = {}
@@ -168,8 +189,7 @@ class Fusion:
             rules = replace(rules, blank_penalty=blank_penalty)
         other = copy(self)
         other.rules = rules
-        if not rules.lm_weight:
-            other._ngram = other._neural = None
+        other._ngram, other._neural = self._models if rules.lm_weight else (None, None)
         return other
 
     def biased(self, hotwords: HotwordGraph | None) -> Fusion:
@@ -196,7 +216,7 @@ class Fusion:
 
     def extend(self, words: Words, token: int, bonus: float) -> Words:
         """With one more token, which is worth ``bonus`` besides."""
-        state, total, growing, _, hot, said, gained = words
+        state, total, growing, _, hot, said, gained, _ = words
         total += bonus
         if self.hotwords:
             gain, hot = self.hotwords.step(hot, token)
@@ -217,23 +237,11 @@ class Fusion:
         expected = self._expected(words.growing)
         return words._replace(total=total, score=total + expected, hot=HotwordGraph.start)
 
-    def finished(self, hypotheses: Sequence[Words]) -> list[float]:
-        """The scores if the growing words are over, the neural model asked up to them."""
-        ended = [
-            words.total
-            + (self.hotwords.finish(words.hot) if self.hotwords else 0.0)
-            + self._word(words.state, words.growing)[0]
-            for words in hypotheses
-        ]
-        if self._neural is None:
-            return ended
-        asked = [
-            (words.said, *self._known(words.state, words.growing))
-            for words in hypotheses
-            if words.said is not None
-        ]
-        gains = self._neural.gains(asked)
-        return [score + self.rules.lm_weight * g for score, g in zip(ended, gains, strict=True)]
+    def finished(self, words: Words) -> float:
+        """The score if the growing word is over, the neural model asked by :func:`reconsider`."""
+        hot = self.hotwords.finish(words.hot) if self.hotwords else 0.0
+        score = self._word(words.state, words.growing)[0] + (words.ending or 0.0)
+        return words.total + hot + score
 
     def _known(self, state: State, word: str) -> tuple[int, float | None]:
         """Id of a word, and its log-probability by the n-gram if that knows it."""

@@ -2,7 +2,8 @@
 
 While frames are searched the n-gram scores each word at once, which costs a look into a table. A
 network costs a product, so the words that the hypotheses have gained wait for the end of the chunk,
-where one call scores all of them, of all streams together ("delayed fusion", arXiv 2501.09258).
+where all of them, of all streams together, are scored in one call, or as many as words follow each
+other ("delayed fusion", arXiv 2501.09258).
 Linear interpolation of the two models is what a word is then worth (Mikolov et al., Interspeech
 2010).
 

@@ -135,11 +135,12 @@ def test_the_best_of_all_labellings_by_both_models(log_probs: Float64, cuts: lis
         if end > start:
             said += runner.accept(log_probs[start:end])
     state = runner.state
-    finished = state.fusion.finished([h.words for h in state.hypotheses])
-    for h, words in zip(state.hypotheses, finished, strict=True):
+    for h in state.hypotheses:
         labels = (*said, *h.ids)
         if labels in scores:
-            assert h.acoustic(1.0) + words == pytest.approx(scores[labels], abs=1e-3)
+            assert h.acoustic(1.0) + state.fusion.finished(h.words) == pytest.approx(
+                scores[labels], abs=1e-3
+            )
     best = tuple(said + ids(state.flush()))
     if best in scores and not said:
         assert scores[best] >= max(scores.values()) - 1e-3
@@ -181,8 +182,8 @@ def test_a_chunk_costs_a_call_for_each_word_in_a_row_whatever_the_streams() -> N
         jobs = [r.job(doubtful(10 * chunk + i)) for i, r in enumerate(runners)]
         for runner, (_, state) in zip(runners, decoder.decode(jobs), strict=True):
             runner.state = state
-        # In eight frames seven words can end behind one that was begun before.
-        assert len(model.calls) <= 8
+        # In eight frames seven words can end behind one that was begun before, and one may go on.
+        assert len(model.calls) <= 9
         assert max(model.calls) <= 5 * 6
     assert max(model.calls) > 6  # of several streams in one call
 

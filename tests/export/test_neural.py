@@ -60,7 +60,7 @@ def trained(text: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A run of it."""
     run = tmp_path_factory.mktemp("run")
     steps = ["--steps", "150", "--decay", "80", "--eval-every", "50", "--save-every", "50"]
-    assert neural.main(command(text, folder, run, *steps, "--lr", "0.02", "--head-lr", "0.02")) == 0
+    assert neural.main(command(text, folder, run, *steps, "--lr", "0.02")) == 0
     return run
 
 
@@ -119,7 +119,7 @@ def test_the_graph_is_the_torch_model(
     assert bundle.lm is not None
     spec = bundle.lm.neural
     assert spec is not None
-    assert (spec.share, spec.words) == (0.3, len(ngram.words))
+    assert spec.share == 0.3
     graph = OnnxWordModel(bundle, spec, ngram)
     sentences = [["one", "and", "two"], ["up", "and", "two"], ["black", "and", "down"]]
     own = {word: i for i, word in enumerate(model.config.words)}
@@ -179,7 +179,7 @@ def test_a_stream_says_what_both_models_expect(written: Path, corpus: Path) -> N
 def test_it_is_written_by_command(text: Path, written: Path, trained: Path, tmp_path: Path) -> None:
     bundle_folder = Path(shutil.copytree(written, tmp_path / "bundle"))
     # The run is complete, so this only writes, in place of the one that is there.
-    again = ["--steps", "150", "--decay", "80", "--lr", "0.02", "--head-lr", "0.02"]
+    again = ["--steps", "150", "--decay", "80", "--lr", "0.02"]
     write = ["--write", "--share", "0.6"]
     assert neural.main(command(text, bundle_folder, trained, *again, *write)) == 0
     bundle = Bundle.load(bundle_folder)
@@ -205,6 +205,9 @@ def test_mistakes(
         (command(text, folder, tmp_path / "r", "--share", "1.5"), "got 1.5"),
         (command(text, Path("en"), tmp_path / "r", "--write"), "expected a bundle's folder"),
         (command(empty, folder, tmp_path / "r"), "no text"),
+        (command(text, folder, tmp_path / "r", "--hidden", "0"), "got hidden 0"),
+        (command(text, folder, tmp_path / "r", "--words", "-5"), "got -5 words"),
+        (command(text, folder, tmp_path / "r", "--batch-words", "0"), "batches of 0 words"),
         (command(text, folder, trained, "--words", "3"), "another folder"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -222,7 +225,8 @@ def test_mistakes(
     [
         ({"share": 0}, "lm.neural.share = 0"),
         ({"share": 1.5}, "lm.neural.share = 1.5"),
-        ({"words": 7}, "an n-gram of 7 words"),
+        ({"words_sha256": "0" * 64}, "an n-gram of other words"),
+        ({"states": []}, "next.out|state.out"),
         ({"sha256": "0" * 64}, "words.onnx"),
     ],
 )
