@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from tqdm import tqdm
 
 from loquent.engine.bundle import META_FEATURES, META_SCHEMA, META_TOKENS, SCHEMA, Bundle
 from loquent.engine.ngram import Ngram
@@ -29,7 +28,7 @@ from loquent.export.graphs import export_graph, set_metadata
 from loquent.export.quantise import quantise_int8
 from loquent.models.data import DataError
 from loquent.models.loop import LoopConfig
-from loquent.models.ngram import read_sentences
+from loquent.models.ngram import add_text_options, read_sentences, read_texts
 from loquent.models.options import RESUMES, add_loop_options, guarded, loop_settings, start_torch
 from loquent.models.wordlm import (
     WordLm,
@@ -159,7 +158,7 @@ def _run(args: argparse.Namespace) -> None:
     ngram = _ngram(Bundle.load(args.bundle))
     shape = WordLmConfig(words=(), width=args.width, hidden=args.hidden)
     paths: list[Path] = args.text
-    sentences = [s for path in paths for s in tqdm(read_sentences(path), unit="line", disable=None)]
+    sentences = read_texts(paths, args.exclude_licence)
     dev = list(read_sentences(args.dev))
     if not sentences or not dev:
         raise DataError("got no text to learn from, or none in --dev")
@@ -168,6 +167,7 @@ def _run(args: argparse.Namespace) -> None:
     origin = {
         "text": [path.name for path in paths],
         "words": sum(counts.values()),
+        "excluded_licences": args.exclude_licence,
     }
     config = LoopConfig(**loop_settings(args))
     trainer = WordLmTrainer(
@@ -187,9 +187,7 @@ def _run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="loquent lm neural", description=__doc__, epilog=RESUMES)
-    parser.add_argument(
-        "text", nargs="+", type=Path, help="text, a sentence a line (.xz too), or a JSONL manifest"
-    )
+    add_text_options(parser, nargs="+")
     parser.add_argument(
         "--bundle", required=True, help="whose n-gram it stands beside: a folder, or a name"
     )

@@ -246,7 +246,13 @@ def small(language: str, sources: Sources, scale: Scale) -> list[Step]:
         ),
         Step(
             "lm",
-            _words("lm", *texts, train, output=lm, words=scale.words, least=scale.least),
+            _words(
+                *("lm", *texts, train),
+                output=lm,
+                words=scale.words,
+                least=scale.least,
+                exclude_licence=list(sources.exclude),
+            ),
             lm,
         ),
         Step(
@@ -272,6 +278,7 @@ def small(language: str, sources: Sources, scale: Scale) -> list[Step]:
                 bundle=bundle,
                 dev=dev,
                 run=run / "wordlm",
+                exclude_licence=list(sources.exclude),
                 steps=scale.neural[0],
                 decay=scale.neural[1],
                 words=scale.neural[2],

@@ -29,8 +29,10 @@ Floats = NDArray[np.float64]
 _MOST_WORDS = 65_000  # ids are 16 bits wide
 
 
-def read_sentences(path: Path) -> Iterator[str]:
+def read_sentences(path: Path, exclude_licences: Sequence[str] = ()) -> Iterator[str]:
     """Normalised sentences of a text file (one a line, ``.xz`` or not) or a JSONL manifest.
+
+    Rows of a manifest whose licence contains one of ``exclude_licences`` are left out.
 
     Raises:
         DataError: it cannot be read.
@@ -44,8 +46,12 @@ def read_sentences(path: Path) -> Iterator[str]:
         ):
             for number, line in enumerate(lines, 1):
                 try:
-                    text = str(json.loads(line)["text"] or "") if manifest else line
-                except (ValueError, KeyError, TypeError) as error:
+                    row = json.loads(line) if manifest else {"text": line}
+                    licence = str(row.get("licence", ""))
+                    if any(part in licence for part in exclude_licences):
+                        continue
+                    text = str(row["text"] or "")
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise DataError(
                         f"{path}:{number}: {error}; expected a JSON object with text"
                     ) from error
@@ -53,6 +59,32 @@ def read_sentences(path: Path) -> Iterator[str]:
                     yield text
     except (OSError, UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise DataError(f"{path}: cannot be read as text ({error})") from error
+
+
+def read_texts(paths: Sequence[Path], exclude_licences: Sequence[str]) -> list[str]:
+    """Sentences of all of them, with a bar. Raises DataError."""
+    return [
+        sentence
+        for path in paths
+        for sentence in tqdm(read_sentences(path, exclude_licences), unit="line", disable=None)
+    ]
+
+
+def add_text_options(parser: argparse.ArgumentParser, *, nargs: str) -> None:
+    """Text to learn from."""
+    parser.add_argument(
+        "text",
+        nargs=nargs,
+        type=Path,
+        help="text, a sentence a line (.xz too), or a JSONL manifest",
+    )
+    parser.add_argument(
+        "--exclude-licence",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="leave out rows of manifests whose licence contains TEXT (for example NC)",
+    )
 
 
 @dataclass(frozen=True)
@@ -221,9 +253,7 @@ def perplexity(model: Ngram, sentences: Iterable[str]) -> tuple[float, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="loquent lm", description=__doc__)
-    parser.add_argument(
-        "text", nargs="*", type=Path, help="text, a sentence a line (.xz too), or a JSONL manifest"
-    )
+    add_text_options(parser, nargs="*")
     parser.add_argument(
         "--arpa", type=Path, metavar="FILE", help="instead of text: an ARPA file, .gz or not"
     )
@@ -253,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model = read_arpa(args.arpa)
             source = args.arpa.name
         else:
-            sentences = [s for path in args.text for s in tqdm(read_sentences(path), unit="line")]
+            sentences = read_texts(args.text, args.exclude_licence)
             model = train(sentences, words=args.words, order=args.order, least=args.least)
             source = f"{sum(map(len, map(str.split, sentences)))} words of text"
         args.output.parent.mkdir(parents=True, exist_ok=True)

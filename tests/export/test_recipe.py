@@ -151,7 +151,8 @@ def test_the_recipe_takes_what_there_is(tmp_path: Path) -> None:
         "evaluate",
     ]
     assert not {"--noise", "--unlabelled", "--pseudo"} & {w for c in plain.values() for w in c}
-    assert all("NC" in plain[name] for name in ("teacher", "distill", "student"))
+    learning = ("teacher", "distill", "student", "lm", "neural")
+    assert all("NC" in plain[name] for name in learning)
     for name in ("en.synthetic.jsonl", "en.unlabelled.jsonl", "noise.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "text").mkdir()

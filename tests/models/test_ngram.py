@@ -91,22 +91,29 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, packed, manifest = (tmp_path / n for n in ("a.txt", "b.txt.xz", "c.jsonl"))
     plain.write_text("The cat sat.\n\nA CAT, ran!\n")
     packed.write_bytes(lzma.compress(b"the dog\n"))
-    manifest.write_text('{"text": "a mouse"}\n')
+    manifest.write_text(
+        '{"text": "a mouse", "licence": "CC-BY-4.0"}\n'
+        '{"text": "no elk", "licence": "CC-BY-NC-3.0"}\n'
+    )
     assert list(read_sentences(plain)) == ["the cat sat", "a cat ran"]
     out = tmp_path / "new" / "lm.npz"
     arguments = [str(p) for p in (plain, packed, manifest)]
-    assert main([*arguments, "-o", str(out), "--least", "1", "1", "--dev", str(plain)]) == 0
+    left_out = ["--exclude-licence", "NC", "--dev", str(plain)]
+    assert main([*arguments, "-o", str(out), "--least", "1", "1", *left_out]) == 0
     said = capsys.readouterr().out
     assert "10 words of text, 9 words known" in said
     assert "a.txt: perplexity" in said
-    assert {"dog", "mouse"} <= Ngram.from_bytes(out.read_bytes()).ids.keys()
+    known = Ngram.from_bytes(out.read_bytes()).ids.keys()
+    assert {"dog", "mouse"} <= known
+    assert "elk" not in known
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "x.jsonl"
-    bad.write_text('{"words": 1}\n')
-    with pytest.raises(DataError, match=r"x.jsonl:1: .*text"):
-        list(read_sentences(bad))
+    for line in ('{"words": 1}', '["words"]', "words"):
+        bad.write_text(line + "\n")
+        with pytest.raises(DataError, match=r"x.jsonl:1: .*text"):
+            list(read_sentences(bad))
     with pytest.raises(DataError, match="no text"):
         train([], words=10, order=3, least=(1, 1))
     with pytest.raises(SystemExit):
