@@ -150,11 +150,18 @@ class WordLmTrainer(Loop[Tensor]):
 
     Args:
         run: folder.
-        words: that get a row.
+        shape: of the network, and the words that get a row.
         train, dev: normalised sentences.
-        config: of the loop; its batches have ``batch_words`` words with padding.
+        config: of the loop.
         origin: what the text is, for people.
+        batch_words: words in a batch, with padding.
+        sample, norm: see ``_Objective``.
+        dropout: in front of the LSTM and behind it.
         full: last part of the steps, in which all words are looked at.
+
+    Raises:
+        DataError: there is no text, or no batch would have a word.
+        CheckpointError: the folder has a run of another shape.
     """
 
     metric = "perplexity"

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from loquent.engine.decode import Frame, Token
 from loquent.engine.decode.agreement import PATIENCE, agreed
 from loquent.engine.decode.decoder import Job, Settings
-from loquent.engine.decode.fusion import Fusion
-from loquent.engine.decode.fusion import reconsider as weigh_words
+from loquent.engine.decode.fusion import Fusion, reconsider
 from loquent.engine.decode.hypothesis import NEVER, Hypothesis, log_add
 from loquent.engine.decode.scores import Growth, Rows, Scores, score
 from loquent.engine.decode.transducer import Transducer, log_softmax
@@ -122,7 +121,7 @@ class BeamSearch:
                     beam.advance(k, scores)
                 self._extend(unsure)
             if ending := [beam for beam in live if k == beam.count - 1]:
-                reconsider(ending)
+                _reconsider(ending)
             for beam in live:
                 beam.listen(k)
         return [(beam.frames, beam.state()) for beam in beams]
@@ -296,7 +295,7 @@ class _Beam:
                 hypothesis.tokens = said
         tokens: tuple[Token, ...] = ()
         if self._endpointer.accept(Frame(number, (), self._speech)) == "endpoint":
-            reconsider([self])
+            _reconsider([self])
             tokens = self.state().flush()
             self._endpointer.restart(None)
             self.hypotheses = [self._decoder.root(self.fusion)]
@@ -321,10 +320,10 @@ class _Beam:
         return best.tokens[:shared]
 
 
-def reconsider(beams: Sequence[_Beam]) -> None:
+def _reconsider(beams: Sequence[_Beam]) -> None:
     """Have the neural language model's view of all words that are over, if there is one."""
     searches = [(beam.fusion, [h.words for h in beam.hypotheses]) for beam in beams]
-    for beam, found in zip(beams, weigh_words(searches), strict=True):
+    for beam, found in zip(beams, reconsider(searches), strict=True):
         beam.hypotheses = [
             h if words is h.words else h.reworded(words)
             for h, words in zip(beam.hypotheses, found, strict=True)

@@ -112,21 +112,18 @@ def reconsider(searches: Sequence[tuple[Fusion, Sequence[Words]]]) -> list[list[
     if neural is None:
         return [list(every) for _, every in searches]
     new = [
-        (fusion, words.said, words)
+        (words.said, *fusion._known(words.state, words.growing))
         for fusion, every in searches
         for words in every
         if words.said is not None and words.ending is None
     ]
-    neural.compute([said for _, said, _ in new])
-    endings = neural.gains(
-        [(said, *fusion._known(words.state, words.growing)) for fusion, said, words in new]
-    )
-    found = iter(zip(new, endings, strict=True))
+    neural.compute([said for said, _, _ in new])
+    endings = iter(neural.gains(new))
     return [
         [
             words
             if words.said is None or words.ending is not None
-            else _gaining(words, words.said, fusion.rules.lm_weight, next(found)[1])
+            else _gaining(words, words.said, fusion.rules.lm_weight, next(endings))
             for words in every
         ]
         for fusion, every in searches
