@@ -7,7 +7,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from loquent.engine.features import whisper_spec
+import numpy as np
+import torch
+
+from loquent.engine.features import Fbank, FeatureSpec, whisper_spec
 from loquent.models.checkpoint import load_checkpoint
 from loquent.models.data import (
     Augment,
@@ -15,10 +18,13 @@ from loquent.models.data import (
     FeatureCache,
     FeatureSource,
     Utterance,
+    collate,
+    epoch_batches,
     read_manifest,
 )
 from loquent.models.distillation import Distillation
 from loquent.models.loop import Freezing
+from loquent.models.narrow import narrow_shape, narrowed
 from loquent.models.noise import RecordedNoise
 from loquent.models.options import (
     RESUMES,
@@ -41,6 +47,8 @@ from loquent.models.tokens import Tokenizer
 from loquent.models.training import TrainConfig, Trainer
 from loquent.models.waveform import MASKS, WaveAugment, WaveformSource
 from loquent.models.whisper import initialise_from_whisper, load_whisper, whisper_shape
+
+_CALIBRATION = 240  # utterances that hidden units are chosen by
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers",
         help="which layers of --whisper or --from-teacher to take, 0,2,3 for example (all)",
+    )
+    parser.add_argument(
+        "--ffn",
+        type=int,
+        default=0,
+        metavar="UNITS",
+        help="how many units of their feed-forward modules to keep (all)",
     )
     add_token_options(parser)
     add_loop_options(parser, steps=6000, batch_seconds=60.0, lr=3e-4, head_lr=2e-3)
@@ -110,10 +125,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _layers(args: argparse.Namespace) -> list[int] | None:
+    if (args.layers or args.ffn) and not (args.whisper or args.from_teacher):
+        raise DataError("--layers and --ffn need --whisper or --from-teacher to take them from")
     if args.layers is None:
         return None
-    if not (args.whisper or args.from_teacher):
-        raise DataError("--layers needs --whisper or --from-teacher to take them from")
     try:
         chosen = [int(layer) for layer in args.layers.split(",")]
     except ValueError:
@@ -145,6 +160,36 @@ def _initial(args: argparse.Namespace, texts: list[str]) -> tuple[Student, Token
     return student, tokenizer
 
 
+def _narrowed(
+    student: Student, units: int, utterances: list[Utterance], spec: FeatureSpec, run: Path
+) -> Student:
+    """With fewer hidden units, chosen by what they do on some of the utterances."""
+    shape = student.config.encoder
+    if not 0 < units <= shape.emformer.ffn_dim:
+        raise DataError(f"--ffn: got {units}, expected 1 to {shape.emformer.ffn_dim}")
+    if (run / "last").exists():  # whose weights it will have
+        return Student(narrow_shape(student.config, units))
+    some = np.random.default_rng(0).permutation(len(utterances))[:_CALIBRATION].tolist()
+    cache = FeatureCache([utterances[i] for i in some], spec, run / "narrow")
+    silence = torch.from_numpy(Fbank(spec).pad_frame)
+    frames = [cache.frames(i) for i in range(len(cache))]
+    batches = []
+    for indices in epoch_batches(frames, [1.0] * len(frames), 6000, seed=0):
+        features = [torch.from_numpy(cache[i].astype(np.float32)) for i in indices]
+        targets: list[list[int]] = [[] for _ in indices]
+        batches.append(
+            collate(
+                features,
+                targets,
+                indices,
+                silence,
+                multiple=shape.subsampling,
+                room=shape.lookahead,
+            )
+        )
+    return narrowed(student, units, batches)
+
+
 def _origin(args: argparse.Namespace) -> str:
     """What the weights started from, for the model card: a name, never a path of this machine."""
     if args.from_teacher:
@@ -155,7 +200,8 @@ def _origin(args: argparse.Namespace) -> str:
     if source is None:
         return "random weights"
     name = Path(source).name if Path(source).exists() else str(source)
-    return f"{what}{name}" + (f", layers {args.layers}" if args.layers else "")
+    layers = f", layers {args.layers}" if args.layers else ""
+    return f"{what}{name}{layers}" + (f", {args.ffn} units" if args.ffn else "")
 
 
 def _distillation(args: argparse.Namespace) -> Distillation:
@@ -216,6 +262,8 @@ def _run(args: argparse.Namespace) -> None:
     student, tokenizer = _initial(args, [u.text for u in utterances])
     teacher, beside = _teachers(args, tokenizer, utterances)
     spec = whisper_spec()
+    if args.ffn:
+        student = _narrowed(student, args.ffn, utterances, spec, args.run)
     cache = args.features or args.run / "features"
     config = TrainConfig(
         **loop_settings(args),

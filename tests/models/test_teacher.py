@@ -243,6 +243,22 @@ def test_whisper_teacher_and_a_lattice_beside(
         ("ctc.weight", "ctc.weight"),
     ):
         torch.testing.assert_close(own[mine], theirs[other])
+    # ... and may have fewer hidden units; a run that goes on keeps them.
+    slim = tmp_path / "slim"
+    asked = [*options(from_teacher=run / "last", ffn=40, lr=0.0, head_lr=0.0)]
+    assert cli.main([*loop(corpus, slim, features=features), *asked]) == 0
+    assert cli.main([*loop(corpus, slim, features=features, steps=4), *asked]) == 0
+    student = load_checkpoint(slim / "last")
+    assert student.state["progress"]["step"] == 4
+    assert student.state["origin"]["start"].endswith("whisper, 40 units")
+    narrow = student.student.state_dict()[f"{layer}.0.ffn_in.weight"]
+    assert narrow.shape == (40, 64)
+    wide = theirs[f"{layer}.0.ffn_in.weight"]
+    assert all(any(torch.allclose(row, unit) for unit in wide) for row in narrow)
+    asked = [*loop(corpus, tmp_path / "wide"), *options(from_teacher=run / "last", ffn=257)]
+    with pytest.raises(SystemExit):
+        cli.main(asked)
+    assert "--ffn: got 257, expected 1 to 256" in capsys.readouterr().err
     # The same checkpoint is a teacher for `distill`.
     heard = tmp_path / "heard"
     asked = options(output=heard, data=corpus, features=features)
@@ -426,7 +442,8 @@ def test_two_processes_have_the_gradients_of_one(corpus: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (options(layers="0,1"), "--layers needs --whisper or --from-teacher"),
+        (options(layers="0,1"), "--layers and --ffn need --whisper or --from-teacher"),
+        (options(ffn=8), "--layers and --ffn need --whisper or --from-teacher"),
         (options(layers="1,0", whisper="none"), "'1,0', expected rising numbers"),
         (options(layers="x", whisper="none"), "'x', expected rising numbers"),
         (options(start="a", whisper="none"), "not allowed with"),
