@@ -1,8 +1,9 @@
 """Where a run computes: this CPU, or whatever Lightning Fabric finds under ``torchrun``.
 
 One process on a CPU needs none of Fabric, whose import alone costs seconds, so it has none of it.
-With an accelerator, or with several processes (``torchrun --nproc-per-node 8 --nnodes 4 -m
-loquent.clients.cli train ...``), Fabric places the module, casts, and averages the gradients.
+With an accelerator, or with several processes (``torchrun --nproc-per-node 8 --nnodes 4 -m --
+loquent.clients.cli train ...``, where ``--`` keeps torchrun from taking ``--run`` for its own),
+Fabric places the module, casts, and averages the gradients.
 """
 
 from __future__ import annotations

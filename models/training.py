@@ -134,6 +134,10 @@ class Objective(nn.Module):
         self.features = (
             nn.Linear(student.config.encoder.width, teacher_width) if teacher_width else None
         )
+        if self.features is not None and teacher_width == student.config.encoder.width:
+            # A student that begins as its teacher's layers has no other basis to find.
+            nn.init.eye_(self.features.weight)
+            nn.init.zeros_(self.features.bias)
         # In a list: its parameters are not ours.
         self._beside = [] if beside is None else [beside.eval().requires_grad_(False)]
 
@@ -179,7 +183,10 @@ class Objective(nn.Module):
     ) -> dict[str, tuple[Tensor, float]]:
         """Terms with their weights."""
         d = self.config.distil
-        terms: dict[str, tuple[Tensor, float]] = {}
+        # Processes add up what they log: all must name the same terms, heard by a teacher or not.
+        zero = encoded.new_zeros((), dtype=torch.float32)
+        weights = {"kd_ctc": d.ctc, "kd_text": d.full_sum, "kd_features": d.features}
+        terms = {name: (zero, weight) for name, weight in weights.items() if weight}
         if drawn.signals is not None:
             signals = moved(drawn.signals, encoded.device)
             if d.ctc and losses.log_probs_BNV is not None:

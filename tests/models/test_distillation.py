@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from loquent.models.checkpoint import CheckpointError
-from loquent.models.data import Utterance
+from loquent.models.data import Utterance, collate
 from loquent.models.distillation import (
+    Distillation,
     Said,
     Signals,
     collate_signals,
@@ -29,7 +31,9 @@ from loquent.models.distillation import (
     three_way,
 )
 from loquent.models.posteriors import Posteriors, PosteriorWriter
+from loquent.models.student import Student, StudentConfig
 from loquent.models.tokens import Tokenizer
+from loquent.models.training import Drawn, Objective, TrainConfig
 from loquent.models.transducer import transducer_loss
 
 B, N, V, K = 3, 7, 6, 4
@@ -278,6 +282,25 @@ def test_joined_utterances_stand_side_by_side() -> None:
     expected = torch.linspace(0, 1, 5)[:, None]
     torch.testing.assert_close(signals.features_BNE[0, :5], expected, atol=1e-3, rtol=0)
     assert collate_signals([[(None, 8)]], 2, 4) is None
+
+
+def test_batches_name_the_same_terms_heard_or_not(
+    tiny_config: Callable[[int], StudentConfig],
+) -> None:
+    """Processes add up what they log, name by name; one more or less would hang them all."""
+    torch.manual_seed(0)
+    distil = Distillation(ctc=1.0, full_sum=0.5, features=0.5)
+    config = TrainConfig(steps=1, rnnt_from=0, distil=distil)
+    objective = Objective(Student(tiny_config(12)), config, teacher_width=1)
+    batch = collate([torch.randn(32, 80)], [[1, 2]], [0], torch.zeros(80), multiple=4, room=1)
+    signals = collate_signals([[(said(8, 1, True), 32)]], 8, 4)
+    with torch.no_grad():
+        heard = objective(Drawn(batch, 16, 0, signals), 0)
+        unheard = objective(Drawn(batch, 16, 0), 0)
+    assert heard.keys() == unheard.keys() >= {"kd_ctc", "kd_text", "kd_features"}
+    assert float(heard["kd_features"]) > 0
+    assert float(unheard["kd_features"]) == 0
+    assert float(unheard["loss"]) < float(heard["loss"])
 
 
 # The cache
