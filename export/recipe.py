@@ -65,7 +65,8 @@ class Scale:
             a row in it, and its size.
         int8_max_loss: absolute WER that int8 may cost.
         tuning: rounds and draws of `loquent tune`.
-        layers: of the teacher that the student begins as; None: all.
+        units: hidden units that the student keeps of each feed-forward module of its teacher
+            (Whisper base has 2,048); 0: all.
         chunks_ms: chunk sizes that are evaluated.
         decoders: decoders that are evaluated; none: all.
     """
@@ -82,7 +83,7 @@ class Scale:
     int8_max_loss: float
     tuning: tuple[int, int]
     chunks_ms: tuple[int, ...]
-    layers: str | None = None
+    units: int = 0
     decoders: tuple[str, ...] = ()
 
 
@@ -100,7 +101,7 @@ SCALES = {
         int8_max_loss=0.01,
         tuning=(4, 15),
         chunks_ms=(40, 80, 160, 320, 640, 1280),
-        layers="0,2,3,4,5",
+        units=1024,
     ),
     # An evening of a laptop.
     "small": Scale(
@@ -116,7 +117,7 @@ SCALES = {
         int8_max_loss=0.02,
         tuning=(1, 6),
         chunks_ms=(160, 320, 1280),
-        layers="0,2,3,4,5",
+        units=1024,
         decoders=("joint",),
     ),
     "tiny": Scale(
@@ -132,6 +133,7 @@ SCALES = {
         int8_max_loss=1.0,
         tuning=(1, 5),
         chunks_ms=(320,),
+        units=40,
         decoders=("joint",),
     ),
 }
@@ -235,7 +237,7 @@ def small(language: str, sources: Sources, scale: Scale) -> list[Step]:
                 *("train", "student"),
                 whisper=sources.student,
                 from_teacher=None if sources.student else teacher / "best",
-                layers=None if sources.student else scale.layers,
+                ffn=None if sources.student else scale.units or None,
                 data=[*corpus, guessed],
                 distil=heard,
                 run=student,
@@ -384,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--student",
-        help="Whisper weights that the student starts from (default: layers of the teacher)",
+        help="Whisper weights that the student starts from (default: the teacher)",
     )
     parser.add_argument("--exclude-licence", action="append", default=[], metavar="TEXT")
     parser.add_argument(

@@ -64,7 +64,10 @@ def test_from_recordings_to_a_bundle(
     assert (bundle.precision, bundle.default_decoder) == ("int8", "joint")
     assert (run / "bundle" / "words.onnx").exists()
     assert "WER" in (run / "bundle" / "README.md").read_text()
-    assert json.loads((run / "student" / "last" / "state.json").read_text())["origin"]["teacher"]
+    student = run / "student" / "last"
+    assert json.loads((student / "state.json").read_text())["origin"]["teacher"]
+    shape = json.loads((student / "config.json").read_text())["encoder"]["emformer"]
+    assert (shape["layers"], shape["ffn_dim"]) == (2, SCALES["tiny"].units)
     out = capsys.readouterr().out
     assert "[9/9] evaluate: loquent evaluate" in out
     # The same command again does nothing.
