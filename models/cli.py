@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from loquent.engine.features import Fbank, FeatureSpec, whisper_spec
+from loquent.engine.features import Fbank, whisper_spec
 from loquent.models.checkpoint import load_checkpoint
 from loquent.models.data import (
     Augment,
@@ -125,8 +125,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _layers(args: argparse.Namespace) -> list[int] | None:
-    if (args.layers or args.ffn) and not (args.whisper or args.from_teacher):
-        raise DataError("--layers and --ffn need --whisper or --from-teacher to take them from")
     if args.layers is None:
         return None
     try:
@@ -140,6 +138,8 @@ def _layers(args: argparse.Namespace) -> list[int] | None:
 
 def _initial(args: argparse.Namespace, texts: list[str]) -> tuple[Student, Tokenizer]:
     """The student before its first step, and the subwords, which a run keeps for good."""
+    if (args.layers or args.ffn) and not (args.whisper or args.from_teacher):
+        raise DataError("--layers and --ffn need --whisper or --from-teacher to take them from")
     layers = _layers(args)
     if args.start or args.from_teacher:
         # Its heads are tied to its subwords, so both come along.
@@ -160,31 +160,29 @@ def _initial(args: argparse.Namespace, texts: list[str]) -> tuple[Student, Token
     return student, tokenizer
 
 
-def _narrowed(
-    student: Student, units: int, utterances: list[Utterance], spec: FeatureSpec, run: Path
-) -> Student:
+def _narrowed(student: Student, units: int, train: FeatureSource, run: Path) -> Student:
     """With fewer hidden units, chosen by what they do on some of the utterances."""
-    shape = student.config.encoder
-    if not 0 < units <= shape.emformer.ffn_dim:
-        raise DataError(f"--ffn: got {units}, expected 1 to {shape.emformer.ffn_dim}")
+    try:
+        shape = narrow_shape(student.config, units)
+    except ValueError as error:
+        raise DataError(f"--ffn: {error}") from error
     if (run / "last").exists():  # whose weights it will have
-        return Student(narrow_shape(student.config, units))
-    some = np.random.default_rng(0).permutation(len(utterances))[:_CALIBRATION].tolist()
-    cache = FeatureCache([utterances[i] for i in some], spec, run / "narrow")
-    silence = torch.from_numpy(Fbank(spec).pad_frame)
-    frames = [cache.frames(i) for i in range(len(cache))]
+        return Student(shape)
+    rng = np.random.default_rng(0)
+    some = rng.permutation(len(train))[:_CALIBRATION].tolist()
+    encoder = student.config.encoder
+    silence = torch.from_numpy(Fbank(train.spec).pad_frame)
     batches = []
-    for indices in epoch_batches(frames, [1.0] * len(frames), 6000, seed=0):
-        features = [torch.from_numpy(cache[i].astype(np.float32)) for i in indices]
-        targets: list[list[int]] = [[] for _ in indices]
+    for places in epoch_batches([train.frames(i) for i in some], [1.0] * len(some), 6000, seed=0):
+        indices = [some[place] for place in places]
         batches.append(
             collate(
-                features,
-                targets,
+                [torch.from_numpy(train.features(i, rng)) for i in indices],
+                [[] for _ in indices],
                 indices,
                 silence,
-                multiple=shape.subsampling,
-                room=shape.lookahead,
+                multiple=encoder.subsampling,
+                room=encoder.lookahead,
             )
         )
     return narrowed(student, units, batches)
@@ -262,8 +260,6 @@ def _run(args: argparse.Namespace) -> None:
     student, tokenizer = _initial(args, [u.text for u in utterances])
     teacher, beside = _teachers(args, tokenizer, utterances)
     spec = whisper_spec()
-    if args.ffn:
-        student = _narrowed(student, args.ffn, utterances, spec, args.run)
     cache = args.features or args.run / "features"
     config = TrainConfig(
         **loop_settings(args),
@@ -280,6 +276,8 @@ def _run(args: argparse.Namespace) -> None:
         train = WaveformSource(utterances, spec, WaveAugment(), noises)
     else:
         train = FeatureCache(utterances, spec, cache)
+    if args.ffn:
+        student = _narrowed(student, args.ffn, train, args.run)
     trainer = Trainer(
         args.run,
         student,

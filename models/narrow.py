@@ -35,23 +35,24 @@ def narrowed(student: Student, units: int, batches: Sequence[Batch]) -> Student:
     Raises:
         ValueError: it has not so many.
     """
-    shape = student.config.encoder.emformer
-    if not 0 < units <= shape.ffn_dim:
-        raise ValueError(f"got {units} units, expected 1 to {shape.ffn_dim}")
+    result = Student(narrow_shape(student.config, units))
     student.eval()
     for layer in student.encoder.emformer.layers:
         assert isinstance(layer, EmformerLayer)
         mean_H, covariance_HH = _statistics(student, layer, batches)
         _narrow(layer, units, mean_H, covariance_HH)
-    result = Student(narrow_shape(student.config, units))
     result.load_state_dict(student.state_dict())
     return result
 
 
 def narrow_shape(config: StudentConfig, units: int) -> StudentConfig:
-    """The shape with so many hidden units."""
-    emformer = dataclasses.replace(config.encoder.emformer, ffn_dim=units)
-    encoder = dataclasses.replace(config.encoder, emformer=emformer)
+    """The shape with so many hidden units. Raises ValueError if it has not so many."""
+    shape = config.encoder.emformer
+    if not 0 < units <= shape.ffn_dim:
+        raise ValueError(f"got {units} units, expected 1 to {shape.ffn_dim}")
+    encoder = dataclasses.replace(
+        config.encoder, emformer=dataclasses.replace(shape, ffn_dim=units)
+    )
     return dataclasses.replace(config, encoder=encoder)
 
 
