@@ -15,6 +15,7 @@ with it; its clients get an error and start anew.
 
 Settings come from the environment: LOQUENT_BUNDLE, LOQUENT_SNAPSHOTS, LOQUENT_STREAMS (sessions a
 replica is meant to have, 24), LOQUENT_TARGET_LOAD (share of its time that they are to need, 0.6),
+LOQUENT_MAX_LAG (seconds of audio that may wait in a session before a replica more is asked for, 2),
 LOQUENT_MIN_REPLICAS (1), LOQUENT_MAX_REPLICAS (8).
 """
 
@@ -40,8 +41,6 @@ from loquent.engine.recognizer import Recognizer
 DRAIN = 120.0
 # Seconds between two questions whether a replica is well.
 HEALTH = 1.0
-# Seconds of audio that may wait in a session before a replica more is asked for.
-MAX_LAG = 2.0
 
 
 def config() -> ServerConfig:
@@ -85,11 +84,11 @@ def ingress() -> App:
         "target_ongoing_requests": streams(),
         "upscale_delay_s": 5.0,
         "downscale_delay_s": 300.0,
-        "policy": AutoscalingPolicy(
+        "policy": AutoscalingPolicy(  # type: ignore[no-untyped-call, unused-ignore]
             policy_function=LagPolicy,
             policy_kwargs={
                 "target_load": float(os.environ.get("LOQUENT_TARGET_LOAD", "0.6")),
-                "max_lag": MAX_LAG,
+                "max_lag": float(os.environ.get("LOQUENT_MAX_LAG", "2")),
             },
         ),
     },
@@ -136,7 +135,8 @@ def _stops_one() -> bool:
     """Whether Ray is stopping replicas of this deployment."""
     context = serve.get_replica_context()
     application = serve.status().applications[context.app_name]
-    return bool(application.deployments[context.deployment].replica_states.get("STOPPING"))
+    states = application.deployments[context.deployment].replica_states
+    return any(state == "STOPPING" and count for state, count in states.items())
 
 
 app: Any = Loquent.bind()  # type: ignore[attr-defined]

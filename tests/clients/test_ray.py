@@ -125,24 +125,86 @@ serve.shutdown()
 """
 
 
+# Recordings come as fast as they are taken, so that audio waits, while the load asks for nothing.
+LAGGING = """
+import asyncio, sys, time
+import numpy as np, ray, soundfile
+from ray import serve
+from loquent.clients.client import connect
+from loquent.engine.events import Final
+from loquent.engine.protocol import Start
+
+ray.init(num_cpus=3, include_dashboard=False, logging_level="error")
+from loquent.clients.ray_app import app
+serve.run(app)
+pcm, rate = soundfile.read(sys.argv[2], dtype="int16")
+
+def running():
+    [deployment] = serve.status().applications["default"].deployments.values()
+    return sum(n for state, n in deployment.replica_states.items() if str(state) == "RUNNING")
+
+async def main():
+    assert running() == 1
+    await asyncio.sleep(15)
+    assert running() == 1, "nobody speaks, and nothing waits"
+    began = time.monotonic()
+    url = "ws://127.0.0.1:8000/v1/stream"
+    async with connect(url, Start(sample_rate=rate), patience=60) as session:
+        got = []
+        async def listen():
+            got.extend([event.text async for event in session if isinstance(event, Final)])
+        async def speak():
+            while not enough.is_set():
+                for _ in range(5):
+                    await session.send(pcm)
+                await asyncio.sleep(0.5)  # no more than is heard in time
+            await session.end()
+        enough = asyncio.Event()
+        tasks = [asyncio.create_task(listen()), asyncio.create_task(speak())]
+        while (count := await asyncio.to_thread(running)) < 2:
+            print(round(time.monotonic() - began, 1), "s:", count, flush=True)
+            assert time.monotonic() - began < 90, "nothing was added"
+            await asyncio.sleep(0.5)
+        enough.set()
+        await asyncio.gather(*tasks)
+    print("scaled after", round(time.monotonic() - began, 1), "s, finals", len(got))
+    assert got
+
+asyncio.run(asyncio.wait_for(main(), 130))
+serve.shutdown()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 def test_sessions_go_on_while_replicas_come_and_go(
     bundle: str, speech: Path, tmp_path: Path
 ) -> None:
+    # Sessions alone do not ask for a second replica, but the load that they measure does.
+    settings = {"LOQUENT_SNAPSHOTS": str(tmp_path / "sessions"), "LOQUENT_TARGET_LOAD": "0.0001"}
+    assert "connections" in _serve(SCRIPT, settings, bundle, speech)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_a_replica_is_added_where_audio_waits(bundle: str, speech: Path) -> None:
+    settings = {"LOQUENT_TARGET_LOAD": "1000", "LOQUENT_MAX_LAG": "0.05"}
+    assert "scaled after" in _serve(LAGGING, settings, bundle, speech)
+
+
+def _serve(script: str, settings: dict[str, str], bundle: str, speech: Path) -> str:
+    """What the script prints, with one replica of up to two, which hundreds of sessions fill."""
     env = {
         **os.environ,
-        "LOQUENT_BUNDLE": str(bundle),
-        "LOQUENT_SNAPSHOTS": str(tmp_path / "sessions"),
+        "LOQUENT_BUNDLE": bundle,
         "LOQUENT_MIN_REPLICAS": "1",
         "LOQUENT_MAX_REPLICAS": "2",
-        # Sessions alone do not ask for a second replica, but the load that they measure does.
         "LOQUENT_STREAMS": "100",
-        "LOQUENT_TARGET_LOAD": "0.0001",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        **settings,
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(bundle), str(speech)],
+        [sys.executable, "-c", script, bundle, str(speech)],
         env=env,
         capture_output=True,
         text=True,
@@ -151,4 +213,4 @@ def test_sessions_go_on_while_replicas_come_and_go(
     )
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "connections" in done.stdout
+    return done.stdout
