@@ -31,7 +31,7 @@ class OnnxEncoder:
     """The encoder graph of a bundle. Holds no state of any stream.
 
     Shapes: B streams, T = segment + right_context + lookahead feature frames, F features, V tokens,
-    J joiner size, K = (segment + right_context) / subsampling encoder frames.
+    J joiner size, K = segment / subsampling encoder frames.
 
     Raises:
         BundleError: the graph does not belong to the manifest.
@@ -90,7 +90,7 @@ class OnnxEncoder:
             at = slice(part[0], part[-1] + 1)
             state, inside = self.pool.inputs(rows[at], in_place=self._in_place)
             frames, following = self._run(window[at], right_context, state, inside, outputs)
-            parts.append((frames, rows[at], following))
+            parts.append((self._own(frames, window, right_context), rows[at], following))
         heads = {
             name: np.concatenate([frames[name] for frames, _, _ in parts])
             if count > 1
@@ -116,9 +116,8 @@ class OnnxEncoder:
             outputs: names of the heads to fetch, all if None.
 
         Returns:
-            Frames by head, ``ctc`` (B, K, V) log-probabilities and ``joiner`` (B, K, J), of which
-            the last ``right_context / subsampling`` are context only; and the next state. The
-            arrays passed in are not changed.
+            Frames by head, ``ctc`` (B, K, V) log-probabilities and ``joiner`` (B, K, J); and the
+            next state. The arrays passed in are not changed.
         """
         heads = self.heads if outputs is None else list(outputs)
         rows = np.arange(len(window))
@@ -126,7 +125,15 @@ class OnnxEncoder:
         after = following | {spec.name: state[spec.name].copy() for spec in self._rings}
         if self._rings:
             write_rings(self._rings, after, rows, state[PROCESSED], following)
-        return frames, after
+        return self._own(frames, window, right_context), after
+
+    def _own(
+        self, frames: Mapping[str, Float32], window: Float32, right_context: int
+    ) -> dict[str, Float32]:
+        """Without the right context's frames, which graphs exported before 0.5 give out, too."""
+        segment = window.shape[1] - right_context - self._spec.lookahead
+        count = segment // self._spec.subsampling
+        return {name: rows[:, :count] for name, rows in frames.items()}
 
     def _run(
         self,
@@ -152,13 +159,15 @@ class OnnxEncoder:
         window = np.zeros((2, segment + right + spec.lookahead, features), np.float32)
         state = {name: np.repeat(array, 2, axis=0) for name, array in self.initial.items()}
         try:
-            frames, after = self.step(window, right, state)
+            frames, _ = self._run(window, right, state, np.arange(2), self.heads)
+            _, after = self.step(window, right, state)
         except Exception as exc:  # ONNX Runtime's own errors have no common base class
             raise BundleError(
                 f"{self._graph.where}: a trial run with two streams failed ({exc}); export the "
                 "bundle again, with a dynamic batch and segment"
             ) from exc
-        count = (segment + right) // spec.subsampling
+        own, whole = segment // spec.subsampling, (segment + right) // spec.subsampling
+        count = own if all(rows.shape[1:2] == (own,) for rows in frames.values()) else whole
         self._graph.check_result(frames, _heads(bundle, batch=2, frames=count))
         self._graph.check_result(after, state_tensors("", spec.states, batch=2))
 

@@ -153,7 +153,8 @@ def export_encoder(student: Student, path: Path) -> None:
     student = _with_product(student)
     encoder = student.encoder
     config = encoder.config
-    batch, time, pool = Dim("batch", min=1), Dim("time", min=2), Dim("pool", min=1)
+    batch, pool = Dim("batch", min=1), Dim("pool", min=1)
+    time = Dim("time", min=config.subsampling + config.lookahead)
     window = torch.zeros(2, 3 * config.subsampling + config.lookahead, config.frontend.features)
     state = encoder.initial_state(2) | {n: encoder.initial_state(3)[n] for n in encoder.rings}
     names = list(state)

@@ -253,7 +253,13 @@ class EmformerLayer(nn.Module):
         return shapes
 
     def step(
-        self, x_BTD: Tensor, state: State, bias_Bx1K: Tensor, segment: Tensor, rows_B: Tensor | None
+        self,
+        x_BTD: Tensor,
+        state: State,
+        bias_Bx1K: Tensor,
+        segment: Tensor,
+        rows_B: Tensor | None,
+        wanted: int | None = None,
     ) -> tuple[Tensor, State]:
         """One window: (B, S + R, D) -> the same shape, and what follows of the state.
 
@@ -263,6 +269,7 @@ class EmformerLayer(nn.Module):
             bias_Bx1K: (B, 1, 1, M + L + S + R), 0 where a key may be seen.
             segment: () int64, S.
             rows_B: where each stream's row of the rings is; None if they are in the batch's order.
+            wanted: only so many frames are to come out, (B, wanted, D); the others are heard only.
 
         Returns:
             The output, and the next state, of whose rings there are only the frames of this window,
@@ -270,8 +277,10 @@ class EmformerLayer(nn.Module):
         """
         c = self.config
         normed = self.norm_input(x_BTD)
-        query = self._heads(self.query(normed)) * (c.dim // c.heads) ** -0.5
         key, value = (self._heads(part) for part in self.key_value(normed).chunk(2, dim=-1))
+        if wanted is not None:
+            x_BTD, normed = x_BTD.narrow(1, 0, wanted), normed.narrow(1, 0, wanted)
+        query = self._heads(self.query(normed)) * (c.dim // c.heads) ** -0.5
         following: State = {"key": key, "value": value}
         # The products go over the parts one by one, as a copy of the caches costs more than they.
         seen: dict[str, list[Tensor]] = {}
@@ -383,11 +392,14 @@ class Emformer(nn.Module):
         processed_B: Tensor,
         right: Tensor,
         rows_B: Tensor | None = None,
+        wanted: int | None = None,
     ) -> tuple[Tensor, State]:
         """As :meth:`step`, but the rings' new frames (B, H, S + R, d) come out and are not written.
 
         Args:
             rows_B: (B,) int64, rows of the rings, which may then have any number of them.
+            wanted: only so many frames are to come out, (B, wanted, D). Behind its keys and
+                values, the last layer has no work with the others.
         """
         c = self.config
         device = x_BTD.device
@@ -406,7 +418,8 @@ class Emformer(nn.Module):
         for index in range(c.layers):
             prefix = f"layer{index}."
             own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            x, new = self._layer(index).step(x, own, bias, segment, rows_B)
+            last = wanted if index == c.layers - 1 else None
+            x, new = self._layer(index).step(x, own, bias, segment, rows_B, last)
             following |= {prefix + name: tensor for name, tensor in new.items()}
         return x, following
 

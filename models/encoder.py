@@ -9,6 +9,7 @@ Shape suffixes: B streams, T feature frames, F features, N output frames, E outp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -171,8 +172,8 @@ class Encoder(nn.Module):
             state: as :meth:`initial_state`.
 
         Returns:
-            (B, (S + R) // subsampling, E), of which the first S // subsampling frames are output
-            (the rest are the right context's and will be computed again), and the next state.
+            (B, S // subsampling, E) and the next state. The right context's frames do not come out,
+            as they will be computed again.
         """
         out, following = self.window(window_BTF, right_context, state)
         processed, after = state["processed_frames"], following["processed_frames"]
@@ -216,7 +217,14 @@ class Encoder(nn.Module):
         front = {n: state[f"frontend.{n}"] for n in self.frontend.state_shapes()}
         frames, front = self.frontend.step(window_BTF, front, processed, segment)
         layers = {n: t for n, t in state.items() if n.startswith("layer")}
-        out, following = self.emformer.window(self._head(frames), layers, age, right, rows_B)
+        # What stands behind the segment is computed again with its own one.
+        # (Not ``int``, which the exporter takes for a constant.)
+        count = cast(int, torch.div(segment, c.subsampling, rounding_mode="floor").item())
+        torch._check(count > 0)  # type: ignore[no-untyped-call]  # it allows for none otherwise
+        wanted = count * (c.subsampling // c.layer_subsampling)
+        out, following = self.emformer.window(
+            self._head(frames), layers, age, right, rows_B, wanted
+        )
         following |= {f"frontend.{n}": t for n, t in front.items()}
         following["processed_frames"] = processed + torch.div(
             segment, c.frontend.subsampling, rounding_mode="floor"
