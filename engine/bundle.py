@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from loquent.engine.decode.fusion import BEAM_WEIGHTS, BeamRules
 from loquent.engine.errors import BundleError, ConfigError
 from loquent.engine.features import FeatureSpec
 from loquent.engine.fields import MANIFEST, Fields
+from loquent.engine.level import MOST, Leveller, LevelRules
 from loquent.engine.ngram import Ngram
 from loquent.engine.spelling import SPELLING_RULES, SpellingRules
 from loquent.engine.words import PLAIN, WORD_RULES, WordRules
@@ -143,6 +145,7 @@ class Bundle:
     has_ctc: bool
     rnnt: RnntSpec | None
     lm: LmSpec | None
+    level: LevelRules | None
     beams: Mapping[DecoderName, BeamRules]
     default_decoder: DecoderName
     blank: int
@@ -185,6 +188,11 @@ class Bundle:
     def word_rules(self, decoder: str) -> WordRules:
         """What the tokens of a decoder say about its words; as they are, if nobody measured it."""
         return self.words.get(decoder, PLAIN)
+
+    @cached_property
+    def leveller(self) -> Leveller | None:
+        """Raises quiet speech, if the bundle says what is quiet."""
+        return None if self.level is None else Leveller(self.features, self.level)
 
     @cached_property
     def frame_seconds(self) -> float:
@@ -273,6 +281,7 @@ def _parse(files: BundleFiles, manifest: object) -> Bundle:
         has_ctc=heads.boolean("ctc"),
         rnnt=rnnt,
         lm=_lm(top.object("lm")) if top.has("lm") else None,
+        level=_level(top.object("level"), features) if top.has("level") else None,
         beams=_beams(top),
         default_decoder=cast(DecoderName, top.choice("default_decoder", DECODERS)),
         blank=blank,
@@ -378,6 +387,15 @@ def _lm(fields: Fields) -> LmSpec:
         spelling=spelling,
         neural=_neural(fields.object("neural")) if fields.has("neural") else None,
     )
+
+
+def _level(fields: Fields, features: FeatureSpec) -> LevelRules:
+    try:
+        rules = LevelRules(quiet=fields.number("quiet", math.nan), most=fields.number("most", MOST))
+        Leveller(features, rules)
+    except ConfigError as exc:
+        raise BundleError(f"{MANIFEST}: level: {exc}") from exc
+    return rules
 
 
 def _neural(fields: Fields) -> NeuralSpec:

@@ -245,12 +245,13 @@ class Recognizer:
             stream.end()
             return {}
         heads = self._encoder.heads
+        heard, levels = self._hear([stream], window[None])
         frames, advance = self._encoder.advance(
-            window[None], stream.right_context, [stream.encoder_state], heads
+            heard, stream.right_context, [stream.encoder_state], heads
         )
         count = len(stream.frames())
         (stream.encoder_state,) = advance.keep()
-        stream.advance(self._loudness(window))
+        stream.advance(levels[0])
         return {head: rows[0, :count] for head, rows in frames.items()}
 
     def transcribe(
@@ -286,6 +287,15 @@ class Recognizer:
             self.step([stream])
         return [event for event in stream.events() if isinstance(event, Final)]
 
+    def _hear(self, streams: Sequence[Stream], windows: Float32) -> tuple[Float32, Float32]:
+        """Windows (B, T, F) as the encoder is to hear them, and how loud they are (B, levels)."""
+        leveller = self.bundle.leveller
+        if leveller is None:
+            return windows, self._loudness(windows)
+        levels = leveller.levels(windows)
+        peaks = [stream.loudest(own) for stream, own in zip(streams, levels, strict=True)]
+        return leveller.raised(windows, peaks), levels
+
     def _advance(
         self, streams: Sequence[Stream], windows: Sequence[Float32], right_context: int
     ) -> None:
@@ -294,8 +304,9 @@ class Recognizer:
         for i, stream in enumerate(streams):
             by_decoder.setdefault(stream.decoder, []).append(i)
         heads = list(dict.fromkeys(head for name in by_decoder for head in HEADS[name]))
+        heard, levels = self._hear(streams, batch)
         frames, advance = self._encoder.advance(
-            batch, right_context, [stream.encoder_state for stream in streams], heads
+            heard, right_context, [stream.encoder_state for stream in streams], heads
         )
         decoded: list[tuple[int, tuple[list[Frame], Search]]] = []
         for name, rows in by_decoder.items():
@@ -303,7 +314,6 @@ class Recognizer:
             decoded += zip(rows, self._decoders[name].decode(jobs), strict=True)
         # No network runs from here on: a step that fails has changed no stream and may be repeated.
         slots = advance.keep()
-        levels = self._loudness(batch)
         for i, (said, search) in decoded:
             stream = streams[i]
             stream.search, stream.encoder_state = search, slots[i]

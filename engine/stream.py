@@ -35,6 +35,7 @@ from loquent.engine.events import Event
 from loquent.engine.features import Fbank
 from loquent.engine.finish import Finishing
 from loquent.engine.hotwords import Hotword, HotwordGraph
+from loquent.engine.level import SILENCE
 from loquent.engine.pool import Slot
 from loquent.engine.resample import Resampler
 from loquent.engine.ring import Ring
@@ -72,6 +73,7 @@ class _Trunk:
     search: Search
     voice: Voice | None
     endpointer: Endpointer
+    loudest: float
 
 
 class Stream:
@@ -133,7 +135,10 @@ class Stream:
         self._hop = bundle.features.hop
         self._subsampling = encoder.subsampling
         self._resampler = Resampler(sample_rate, bundle.sample_rate)
-        self._fbank = Fbank(bundle.features)
+        self._leveller = bundle.leveller
+        self._loudest = SILENCE  # of late, dB
+        features = self._leveller.features if self._leveller else bundle.features
+        self._fbank = Fbank(features)
         self._chunker = Chunker(
             segment=segment,
             right=right_context + encoder.lookahead,
@@ -302,6 +307,7 @@ class Stream:
             search=self.search,
             voice=self.voice,
             endpointer=self.transcript.endpointer(),
+            loudest=self._loudest,
         )
         self._fbank, self._chunker = copy(self._fbank), copy(self._chunker)
         self.encoder_state = self.encoder_state.fork()
@@ -319,7 +325,7 @@ class Stream:
         self.transcript.finalize(mark.position, frame, trunk.endpointer)
         self._fbank, self._chunker = trunk.fbank, trunk.chunker
         self.encoder_state, self.search = trunk.encoder_state, trunk.search
-        self.voice = trunk.voice
+        self.voice, self._loudest = trunk.voice, trunk.loudest
         self._needed = self._fbank.samples_for(self._chunker.needed)
         self._position = mark.position
         self._marks.popleft()
@@ -330,6 +336,16 @@ class Stream:
         first = self._chunker.start // self._subsampling
         return range(first, first - (-self._chunker.valid // self._subsampling))
 
+    def loudest(self, levels: Float32) -> float:
+        """How loud it was of late, dB, this window included.
+
+        Args:
+            levels: how loud the window is.
+        """
+        if self._leveller is None:
+            return SILENCE
+        return self._leveller.heard(self._loudest, levels, self.segment)
+
     def advance(self, levels: Float32) -> None:
         """The window is done: say what is new and move on to the next one.
 
@@ -337,6 +353,7 @@ class Stream:
             levels: how loud the window was.
         """
         self.transcript.show()
+        self._loudest = self.loudest(levels)
         # On a branch the state is dropped anyway, and the trunk will hear the same frames.
         right = self._chunker.length - self.segment
         calm = self._trunk is None and self._calm.accept(levels, self.segment, right)

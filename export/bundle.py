@@ -24,6 +24,7 @@ from loquent.engine.bundle import (
 )
 from loquent.engine.features import FeatureSpec
 from loquent.engine.fields import MANIFEST
+from loquent.engine.level import LevelRules
 from loquent.engine.spelling import SpellingRules
 from loquent.export.graphs import export_encoder, export_joiner, export_predictor, set_metadata
 from loquent.export.quantise import quantise_int8, store_half
@@ -47,6 +48,7 @@ class BundleSpec:
         right_contexts_ms, right_context_ms: the same for the right context.
         default_decoder: one of ``engine.bundle.DECODERS``.
         lm: a word language model of ``loquent lm`` for beam search.
+        level: what speech is quiet and is to be raised.
         beams: rules of the beam searches by decoder, as `loquent tune` found them.
         training, scores, licence: for people.
     """
@@ -64,6 +66,7 @@ class BundleSpec:
     right_context_ms: int = 40
     default_decoder: str = "rnnt"
     lm: bytes | None = None
+    level: LevelRules | None = None
     beams: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Any] = field(default_factory=dict)
@@ -126,6 +129,7 @@ def write_bundle(student: Student, spec: BundleSpec, folder: Path) -> Bundle:
             "rnnt": _rnnt(student, partial) if config.joiner_dim else None,
         },
         **_language_model(spec, partial),
+        **({"level": dataclasses.asdict(spec.level)} if spec.level else {}),
         "beams": {name: dict(rules) for name, rules in spec.beams.items()},
         "default_decoder": spec.default_decoder,
         "vocab_size": config.vocab,

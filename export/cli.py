@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from loquent.engine.audio import load_audio
 from loquent.engine.bundle import DECODERS, Bundle
 from loquent.engine.errors import LoquentError
-from loquent.engine.features import whisper_spec
+from loquent.engine.features import FeatureSpec, fbank, whisper_spec
 from loquent.engine.fields import MANIFEST
+from loquent.engine.level import LevelRules, loudest
 from loquent.engine.recognizer import Recognizer
 from loquent.export.bundle import (
     RIGHT_CONTEXTS_MS,
@@ -41,6 +43,8 @@ from loquent.models.student import Student
 PARITY_TOLERANCE = 1e-3
 # Absolute WER that int8 may cost before it is refused.
 INT8_MAX_LOSS = 0.01
+# Share of the clips of --dev that are quieter than what counts as quiet.
+_QUIETEST = 0.05
 
 
 class ExportRefused(ValueError):  # noqa: N818
@@ -114,7 +118,18 @@ def _beams(path: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def _spec(checkpoint: Checkpoint, args: argparse.Namespace) -> BundleSpec:
+def quiet(features: FeatureSpec, utterances: Sequence[Utterance]) -> LevelRules:
+    """How loud the quietest of speech is that a model knows: all but a twentieth are louder."""
+    clips = (load_audio(u.audio, sample_rate=features.sample_rate) for u in utterances)
+    peaks = [loudest(features, fbank(features, pcm)) for pcm in clips]
+    rules = LevelRules(quiet=round(float(np.quantile(peaks, _QUIETEST)), 1))
+    print(f"speech below {rules.quiet:g} dB is raised, by up to {rules.most:g} dB")
+    return rules
+
+
+def _spec(
+    checkpoint: Checkpoint, args: argparse.Namespace, utterances: Sequence[Utterance]
+) -> BundleSpec:
     features = whisper_spec()
     if checkpoint.state.get("features") != features.to_dict():
         raise CheckpointError(
@@ -132,6 +147,7 @@ def _spec(checkpoint: Checkpoint, args: argparse.Namespace) -> BundleSpec:
         default_decoder=args.decoder or ("rnnt" if checkpoint.student.config.joiner_dim else "ctc"),
         right_context_ms=args.right_context_ms,
         lm=args.lm.read_bytes() if args.lm else None,
+        level=quiet(features, utterances) if utterances else None,
         beams=_beams(args.beams) if args.beams else {},
         training={
             key: checkpoint.state[key]
@@ -172,7 +188,7 @@ def _export(args: argparse.Namespace) -> None:
         raise DataError("--int8 needs --dev MANIFEST to measure what quantisation costs")
     with tempfile.TemporaryDirectory() as scratch:
         single = Path(scratch) / "fp32"
-        bundle = write_bundle(checkpoint.student, _spec(checkpoint, args), single)
+        bundle = write_bundle(checkpoint.student, _spec(checkpoint, args, utterances), single)
         check_parity(checkpoint.student, bundle, PARITY_TOLERANCE)
         chosen = single
         if args.int8:
@@ -246,7 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also write a small checkpoint here (int8 and half precision), to fine-tune from",
     )
     parser.add_argument("--int8", action="store_true", help="quantise the encoder's weights")
-    parser.add_argument("--dev", type=Path, help="JSONL manifest for the int8 gate")
+    parser.add_argument(
+        "--dev", type=Path, help="JSONL manifest for the int8 gate, and to say what speech is quiet"
+    )
     parser.add_argument(
         "--int8-max-loss",
         type=float,

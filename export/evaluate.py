@@ -60,14 +60,22 @@ class Clips:
         utterances: the clips.
         noise: where noise comes from, if any is mixed in.
         snr_db: how far it is below the speech. The same clip gets the same noise every time.
+        quieter_db: by which the clips are quieter, as 16-bit samples.
     """
 
     def __init__(
-        self, utterances: Sequence[Utterance], noise: Noise | None = None, snr_db: float = 0.0
+        self,
+        utterances: Sequence[Utterance],
+        noise: Noise | None = None,
+        snr_db: float = 0.0,
+        *,
+        quieter_db: float = 0.0,
     ) -> None:
         self.utterances = utterances
-        self.noise, self.snr_db = noise, snr_db
+        self.noise, self.snr_db, self.quieter_db = noise, snr_db, quieter_db
         self.label = CLEAN if noise is None else f"{snr_db:g} dB"
+        if quieter_db:
+            self.label = f"{quieter_db:g} dB quieter"
         self.seconds = sum(u.duration for u in utterances)
         self.reading = 0.0  # processor seconds spent here, which are not the recogniser's
 
@@ -80,6 +88,8 @@ class Clips:
             pcm = mix(
                 pcm, self.noise.draw(len(pcm), np.random.default_rng(zlib.crc32(name))), self.snr_db
             )
+        if self.quieter_db:
+            pcm = (np.round(32768 * 10 ** (-self.quieter_db / 20) * pcm) / 32768).astype(np.float32)
         self.reading += time.process_time() - before
         return pcm
 
@@ -186,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="Examples: `loquent evaluate dev.jsonl --chunk-ms 320`; `... --snr 20 --snr 5 "
         "--noise babble`; `... --peers pocketsphinx,whisper-tiny --whisper-tiny DIR`; "
-        "`... --delay --card BUNDLE`.",
+        "`... --quieter 30`; `... --delay --card BUNDLE`.",
     )
     parser.add_argument("manifest", type=Path, help="JSONL with audio, text, duration, source")
     parser.add_argument(
@@ -226,6 +236,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KIND|PATH",
         help="babble, white, pink, brown, or a folder or JSONL manifest of recordings "
         "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--quieter",
+        type=float,
+        action="append",
+        default=[],
+        metavar="DB",
+        help="also with the clips so much quieter, as a microphone at a low gain gives them; may "
+        "be repeated",
     )
     parser.add_argument(
         "--speed",
@@ -293,6 +312,7 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
     if args.snr:
         noise = open_noise(args.noise)
         conditions += [Clips(utterances, noise, snr) for snr in args.snr]
+    conditions += [Clips(utterances, quieter_db=level) for level in args.quieter]
     batch = args.batch or (1 if peers else BATCH)
     kept = Kept(args.resume)
     sources = args.bundle or ["en"]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from loquent.engine.encoder import OnnxEncoder
 from loquent.engine.events import Ended, Event, Final, Partial
 from loquent.engine.features import Fbank, fbank
+from loquent.engine.level import SILENCE
 from loquent.engine.predictor import OnnxPredictor
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.stream import Stream
@@ -134,17 +135,21 @@ def test_a_stream_is_the_plain_loop(
 ) -> None:
     bundle = babble.bundle
     pcm = tones(STORY, noise=0.01)
-    features = fbank(bundle.features, pcm)
+    leveller, peak = bundle.leveller, SILENCE
+    assert leveller is not None
+    features = fbank(leveller.features, pcm)
     flush = LOOKAHEAD + right + SUBSAMPLING
     total = len(features) + flush
     # Frames that lie beyond the flush do not count, so the features are made to end with a segment.
-    silence = Fbank(bundle.features).pad_frame
+    silence = Fbank(leveller.features).pad_frame
     windows = []
     for start in range(0, total, segment):
         length = min(segment, -(-(total - start) // SUBSAMPLING) * SUBSAMPLING)
         window = features[start : start + length + right + LOOKAHEAD]
         missing = length + right + LOOKAHEAD - len(window)
-        windows.append(np.concatenate([window, np.tile(silence, (missing, 1))]))
+        heard = np.concatenate([window, np.tile(silence, (missing, 1))])[None]
+        peak = max(peak - segment / 100, 10 * float(leveller.levels(heard).max()))
+        windows.append(leveller.raised(heard, [peak])[0])
     assert bundle.rnnt is not None
     encoder, predictor = OnnxEncoder(bundle), OnnxPredictor(bundle, bundle.rnnt)
     tokens = greedy(encoder, predictor, windows, right, decoder)

@@ -38,8 +38,10 @@ def test_float_export(fp32: Any, run: Path) -> None:
     assert fp32.out.splitlines()[-1].endswith(" MB")
 
 
-def test_int8_export(int8: Any, fp32: Any) -> None:
+def test_int8_export(int8: Any, fp32: Any, corpus: Path) -> None:
     bundle = Bundle.load(int8.folder)
+    assert bundle.level == cli.quiet(bundle.features, read_manifest(corpus))
+    assert f"speech below {bundle.level.quiet:g} dB is raised, by up to 25 dB" in int8.out
     assert (bundle.precision, bundle.default_decoder) == ("int8", "rnnt")
     assert "rnnt: WER fp32 0.00 %, int8 0.00 % (+0.00 points, allowed +1.00)" in int8.out
     assert "ctc: WER fp32 0.00 %, int8 0.00 %" in int8.out

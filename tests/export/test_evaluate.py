@@ -15,6 +15,7 @@ from loquent.engine.audio import load_audio
 from loquent.engine.bundle import DECODERS, Bundle
 from loquent.engine.recognizer import Recognizer
 from loquent.export import evaluate as evaluate_module
+from loquent.export.bundle import update_manifest
 from loquent.export.evaluate import evaluate, main, transcribe_all
 from loquent.models.align import BundleCtc, align
 from loquent.models.data import Utterance, read_manifest
@@ -122,6 +123,20 @@ def test_noise_delay_lines_and_card(
         assert part in card
     # The bundle still loads, and knows its scores.
     assert [row["wer"] for row in Bundle.load(bundle).manifest["scores"]] == [0.0, noisy["wer"]]
+
+
+def test_clips_may_be_played_quieter(
+    int8: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deaf = tmp_path / "deaf"
+    shutil.copytree(int8.folder, deaf)
+    update_manifest(deaf, level=None, name="deaf")
+    options = ["--bundle", str(int8.folder), "--bundle", str(deaf), "--quieter", "30"]
+    assert main([str(corpus), *options, "--chunk-ms", "320", "--decoder", "ctc", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    found = {(r["system"], r["noise"]): r["wer"] for r in results}
+    assert found["toy", "clean"] == found["deaf", "clean"] == found["toy", "30 dB quieter"] == 0
+    assert found["deaf", "30 dB quieter"] > 0.2
 
 
 def test_a_killed_evaluation_goes_on(
