@@ -393,7 +393,7 @@ def _level(fields: Fields, features: FeatureSpec) -> LevelRules:
     try:
         rules = LevelRules(quiet=fields.number("quiet", math.nan), most=fields.number("most", MOST))
         Leveller(features, rules)
-    except ConfigError as exc:
+    except (ConfigError, TypeError, ValueError, OverflowError) as exc:
         raise BundleError(f"{MANIFEST}: level: {exc}") from exc
     return rules
 

@@ -130,7 +130,7 @@ class OnnxEncoder:
     def _own(
         self, frames: Mapping[str, Float32], window: Float32, right_context: int
     ) -> dict[str, Float32]:
-        """Without the right context's frames, which graphs exported before 0.5 give out, too."""
+        """Without the right context's frames, which older graphs give out, too."""
         segment = window.shape[1] - right_context - self._spec.lookahead
         count = segment // self._spec.subsampling
         return {name: rows[:, :count] for name, rows in frames.items()}

@@ -3,8 +3,8 @@
 A microphone at a low gain, or somebody at the other end of the table, gives speech 30 dB below
 that of recordings. Its features are then not only lower: what is soft in it lies below the floor
 of the features and is gone. So a stream computes its features with a lower floor, and a window is
-raised, by no more than it needs, before the model's own floor is put in. Speech as loud as usual is
-not touched, not in a single bit.
+raised, by no more than it needs, before the model's own floor is put in. A window that is loud
+enough, or that comes soon after one that was, is not touched, not in a single bit.
 
 How loud speech is, is known from the loudest that was heard of late, the window itself included,
 so that the first word of a stream is raised, too, and the same whatever packets the audio came in.
@@ -65,7 +65,7 @@ class Leveller:
             the model's.
 
     Raises:
-        ConfigError: the features are no plain logarithm.
+        ConfigError: the features are no plain logarithm, or have no floor.
     """
 
     def __init__(self, spec: FeatureSpec, rules: LevelRules) -> None:
@@ -74,9 +74,10 @@ class Leveller:
                 f"got features with the logarithm {spec.log!r}, expected ln or log10 to raise "
                 "quiet speech by"
             )
+        if not spec.floor > 0:  # NaN too
+            raise ConfigError(f"got features with the floor {spec.floor}, expected more than 0")
         self._rules = rules
         self.features = replace(spec, floor=spec.floor * 10 ** (-rules.most / 10))
-        self._loudness = Loudness(spec)
         self._seconds = spec.hop / spec.sample_rate
         log = np.log if spec.log == "ln" else np.log10
         floor = (log(np.float32(spec.floor)) - spec.mean) * spec.scale
@@ -92,10 +93,6 @@ class Leveller:
             segment: frames to the window before it.
         """
         return max(peak - _LEAK * segment * self._seconds, 10 * float(levels.max()))
-
-    def levels(self, windows: Float32) -> Float32:
-        """(B, T, F) of what streams have heard to (B, levels), as loud as it is."""
-        return self._loudness(np.maximum(windows, self._floor))
 
     def raised(self, windows: Float32, peaks: Sequence[float]) -> Float32:
         """(B, T, F) of what streams have heard to what the model is to hear.

@@ -289,10 +289,10 @@ class Recognizer:
 
     def _hear(self, streams: Sequence[Stream], windows: Float32) -> tuple[Float32, Float32]:
         """Windows (B, T, F) as the encoder is to hear them, and how loud they are (B, levels)."""
+        levels = self._loudness(windows)
         leveller = self.bundle.leveller
         if leveller is None:
-            return windows, self._loudness(windows)
-        levels = leveller.levels(windows)
+            return windows, levels
         peaks = [stream.loudest(own) for stream, own in zip(streams, levels, strict=True)]
         return leveller.raised(windows, peaks), levels
 
@@ -323,7 +323,7 @@ class Recognizer:
 
 
 def _job(stream: Stream, frames: Mapping[str, Float32]) -> Job:
-    """Of (K, ...) encoder frames, right context included."""
+    """Of (K, ...) encoder frames, those beyond the audio included."""
     span = stream.frames()
     own = {head: rows[: len(span)] for head, rows in frames.items()}
     return Job(stream.search, own, span.start, stream.transcript.endpointer())

@@ -312,7 +312,10 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
     if args.snr:
         noise = open_noise(args.noise)
         conditions += [Clips(utterances, noise, snr) for snr in args.snr]
-    conditions += [Clips(utterances, quieter_db=level) for level in args.quieter]
+    for level in args.quieter:
+        if not 0 < level <= 100:
+            raise DataError(f"got --quieter {level:g}, expected more than 0 and at most 100 dB")
+        conditions.append(Clips(utterances, quieter_db=level))
     batch = args.batch or (1 if peers else BATCH)
     kept = Kept(args.resume)
     sources = args.bundle or ["en"]

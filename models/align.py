@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 from torchaudio.functional import forced_align
 
 from loquent.engine.bundle import Bundle
+from loquent.engine.calm import Loudness
 from loquent.engine.chunker import Chunker, flush_frames
 from loquent.engine.encoder import OnnxEncoder
 from loquent.engine.features import Fbank, FeatureSpec, fbank, whisper_spec
+from loquent.engine.level import SILENCE
 from loquent.models.checkpoint import load_checkpoint
 from loquent.models.tokens import Tokenizer
 
@@ -208,20 +210,26 @@ class BundleCtc:
         """See :class:`CtcModel`."""
         spec = self._bundle.encoder
         segment, right = max(spec.segments), max(spec.right_contexts)
+        leveller, loudness, peak = self._bundle.leveller, Loudness(self._bundle.features), SILENCE
+        features = leveller.features if leveller else self._bundle.features
         chunker = Chunker(
             segment=segment,
             right=right + spec.lookahead,
             flush=flush_frames(
                 subsampling=spec.subsampling, right_context=right, lookahead=spec.lookahead
             ),
-            pad_frame=Fbank(self._bundle.features).pad_frame,
+            pad_frame=Fbank(features).pad_frame,
         )
-        chunker.accept(fbank(self._bundle.features, pcm))
+        chunker.accept(fbank(features, pcm))
         chunker.finish()
         state = self._encoder.initial
         out = [np.zeros((0, len(self._bundle.tokens)), np.float32)]
         while chunker.ready:
-            heads, state = self._encoder.step(chunker.window()[None], right, state, ["ctc"])
+            window = chunker.window()[None]
+            if leveller:
+                peak = leveller.heard(peak, loudness(window), segment)
+                window = leveller.raised(window, [peak])
+            heads, state = self._encoder.step(window, right, state, ["ctc"])
             out.append(heads["ctc"][0, : -(-chunker.valid // spec.subsampling)])
             chunker.advance()
         return np.concatenate(out)

@@ -261,7 +261,7 @@ class EmformerLayer(nn.Module):
         rows_B: Tensor | None,
         wanted: int | None = None,
     ) -> tuple[Tensor, State]:
-        """One window: (B, S + R, D) -> the same shape, and what follows of the state.
+        """One window: (B, S + R, D) -> as many frames, or less, and what follows of the state.
 
         Args:
             x_BTD: segment followed by its right context.

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from loquent.engine.calm import Loudness
 from loquent.engine.encoder import OnnxEncoder
 from loquent.engine.events import Ended, Event, Final, Partial
 from loquent.engine.features import Fbank, fbank
@@ -137,6 +138,7 @@ def test_a_stream_is_the_plain_loop(
     pcm = tones(STORY, noise=0.01)
     leveller, peak = bundle.leveller, SILENCE
     assert leveller is not None
+    loudness = Loudness(bundle.features)
     features = fbank(leveller.features, pcm)
     flush = LOOKAHEAD + right + SUBSAMPLING
     total = len(features) + flush
@@ -148,7 +150,7 @@ def test_a_stream_is_the_plain_loop(
         window = features[start : start + length + right + LOOKAHEAD]
         missing = length + right + LOOKAHEAD - len(window)
         heard = np.concatenate([window, np.tile(silence, (missing, 1))])[None]
-        peak = max(peak - segment / 100, 10 * float(leveller.levels(heard).max()))
+        peak = max(peak - segment / 100, 10 * float(loudness(heard).max()))
         windows.append(leveller.raised(heard, [peak])[0])
     assert bundle.rnnt is not None
     encoder, predictor = OnnxEncoder(bundle), OnnxPredictor(bundle, bundle.rnnt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loquent.engine.bundle import Bundle
+from loquent.engine.calm import Loudness
 from loquent.engine.errors import BundleError, ConfigError
 from loquent.engine.events import Event, Final
 from loquent.engine.features import FeatureSpec, fbank, kaldi_spec, torchaudio_spec, whisper_spec
@@ -38,7 +40,7 @@ def test_a_raised_window_is_that_of_louder_audio(spec: FeatureSpec) -> None:
     want = fbank(spec, pcm)
     leveller = Leveller(spec, LevelRules(quiet=loudest(spec, want), most=40.0))
     soft = fbank(leveller.features, pcm / np.float32(50))  # 34 dB
-    peak = leveller.heard(SILENCE, leveller.levels(soft[None])[0], 32)
+    peak = leveller.heard(SILENCE, Loudness(spec)(soft), 32)
     assert peak == pytest.approx(loudest(spec, want) - 20 * np.log10(50), abs=0.01)
     np.testing.assert_allclose(leveller.raised(soft[None], [peak])[0], want, atol=2e-4)
     # What has gone through the model's own floor is lost, however much it is raised.
@@ -52,7 +54,7 @@ def test_what_is_loud_enough_is_not_touched(spec: FeatureSpec) -> None:
     want = fbank(spec, pcm)
     leveller = Leveller(spec, LevelRules(quiet=loudest(spec, want) - 1.0))
     found = fbank(leveller.features, pcm)[None]
-    peak = leveller.heard(SILENCE, leveller.levels(found)[0], 32)
+    peak = leveller.heard(SILENCE, Loudness(spec)(found[0]), 32)
     np.testing.assert_array_equal(leveller.raised(found, [peak])[0], want)
 
 
@@ -128,6 +130,7 @@ def test_a_restored_stream_raises_as_the_one_before_did(
         ({"quiet": "loud"}, "expected a number"),
         ({"quiet": 30.0, "most": 0}, "above 0 and at most 60"),
         ({"quiet": 30.0, "most": 1e9}, "above 0 and at most 60"),
+        ({"quiet": 10**400}, "too large"),
         ([1], "level = \\[1\\], expected an object"),
     ],
 )
@@ -143,3 +146,8 @@ def test_features_without_a_plain_logarithm_cannot_be_raised() -> None:
     spec = torchaudio_spec(np.zeros(80, np.float32), np.ones(80, np.float32))
     with pytest.raises(ConfigError, match="piecewise"):
         Leveller(spec, LevelRules(quiet=30.0))
+
+
+def test_features_without_a_floor_cannot_be_raised() -> None:
+    with pytest.raises(ConfigError, match="floor 0"):
+        Leveller(replace(whisper_spec(), floor=0.0), LevelRules(quiet=30.0))
