@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import tracemalloc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,11 +56,13 @@ def test_memory_is_flat(tiny: Recognizer, tones: Speak, decoder: str, vad: str |
     assert after - before < 90_000
 
 
-# A beam may still weigh what it half heard in the pause, so its parts are not bound to be the same.
+# A beam may still weigh what it half heard in the pause, and how much quiet speech is raised
+# depends on what was loud before it, so parts are not bound to be the same with these.
 @pytest.mark.parametrize("decoder", ["rnnt", "ctc"])
 def test_parts_that_begin_where_the_encoder_starts_anew_are_heard_the_same(
-    babble: Recognizer, tones: Speak, decoder: str
+    write_bundle: Callable[..., Path], tones: Speak, tmp_path: Path, decoder: str
 ) -> None:
+    babble = Recognizer.load(write_bundle(tmp_path / "babble", babble=True))
     audio: Sequence[Float32] = [tones(LOOP)]
     run = hours.listen(
         babble, audio, hours=0.05, decoder=decoder, chunk_ms=320, vad=None, parts=5, stretches=4
