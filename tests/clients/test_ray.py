@@ -125,7 +125,7 @@ serve.shutdown()
 """
 
 
-# Recordings come as fast as they are taken, so that audio waits, while the load asks for nothing.
+# Recordings come in bursts, so that audio waits, while the load asks for nothing.
 LAGGING = """
 import asyncio, sys, time
 import numpy as np, ray, soundfile
@@ -193,7 +193,7 @@ def test_a_replica_is_added_where_audio_waits(bundle: str, speech: Path) -> None
 
 
 def _serve(script: str, settings: dict[str, str], bundle: str, speech: Path) -> str:
-    """What the script prints, with one replica of up to two, which hundreds of sessions fill."""
+    """What the script prints, with one replica of up to two, each meant for a hundred sessions."""
     env = {
         **os.environ,
         "LOQUENT_BUNDLE": bundle,
