@@ -20,9 +20,14 @@ def written(words: Sequence[Word], text: str) -> list[tuple[Word, str]]:
     tokens = text.split()
     plain = [token.rstrip(_MARKS).lower() for token in tokens]
     found: list[tuple[Word, str]] = []
+    first: tuple[list[Word], list[str]] = [], []  # of one kind alone, before all that matches
     matcher = SequenceMatcher(None, [word.text for word in words], plain, autojunk=False)
     for tag, a, b, c, d in matcher.get_opcodes():
         if tag == "equal":
+            if not found and any(first):
+                said, shown = [*first[0], words[a]], [*first[1], tokens[c]]
+                found.append((_one(said, shown), " ".join(shown)))
+                a, c = a + 1, c + 1
             found += zip(words[a:b], tokens[c:d], strict=True)
             continue
         said, shown = list(words[a:b]), tokens[c:d]
@@ -31,6 +36,8 @@ def written(words: Sequence[Word], text: str) -> list[tuple[Word, str]]:
             said, shown = [before, *said], [head, *shown]
         if said and shown:
             found.append((_one(said, shown), " ".join(shown)))
+        else:
+            first = said, shown
     return found
 
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loquent.engine.events import Ended, Final, Partial, Word
@@ -81,6 +81,7 @@ VOCABULARY = (
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.sampled_from(VOCABULARY.split()), min_size=1, max_size=20))
+@example(["the", "five", "five", "five", "the", "five"])
 def test_every_word_stands_behind_a_part_of_the_finished_text(said: list[str]) -> None:
     words = spoken(" ".join(said))
     text, _ = finisher("en").finish(said)
