@@ -6,7 +6,7 @@ Shape suffixes: B streams, U tokens, N encoder frames, J joiner width, V vocabul
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torchaudio
@@ -211,9 +211,92 @@ def _torchaudio_loss(
     return loss
 
 
-def _log_add(a: Tensor, b: Tensor) -> Tensor:
-    """``torch.logaddexp``, whose backward pass is 50 times slower where a term is negligible."""
-    return torch.maximum(a, b) + F.softplus(-(a - b).abs())
+_PIECE = 4096  # cells whose logits are worked on at once: what is read again is in the cache
+_IMPOSSIBLE = -1e30  # finite: a difference of infinities is not a number
+
+
+class _Lattice(torch.autograd.Function):
+    """The loss and its gradient in closed form: one walk from each end of the lattice.
+
+    Recorded step by step, the walk would cost more than all the rest of the loss.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_BNUV: Tensor,
+        targets_BU: Tensor,
+        frames_B: Tensor,
+        targets_B: Tensor,
+        blank: int,
+        delay_penalty: float,
+    ) -> Tensor:
+        batch, frames, columns, _ = logits_BNUV.shape
+        pieces = logits_BNUV.reshape(-1, logits_BNUV.shape[3]).split(_PIECE)
+        total = torch.cat([x.float().logsumexp(-1) for x in pieces]).reshape(batch, frames, columns)
+        stay = logits_BNUV[..., blank].float() - total
+        # Behind the last token comes none; any label will do, as it is impossible.
+        labels = F.pad(targets_BU, (0, 1))[:, None, :, None].expand(-1, frames, -1, -1)
+        emit = logits_BNUV.gather(3, labels)[..., 0].float() - total
+        if delay_penalty:
+            emit = emit + _earliness(frames_B, frames, delay_penalty)[:, :, None]
+        emit[:, :, -1] = _IMPOSSIBLE
+        # Skewed: row n holds the cells with frame + column == n, which depend on row n - 1 alone.
+        count = frames + columns - 1
+        frame = torch.arange(count)[:, None] - torch.arange(columns)
+        inside = (frame >= 0) & (frame < frames)
+        index = frame.clamp(0, frames - 1).expand(batch, -1, -1)
+        stay_RBU, emit_RBU = (
+            x.gather(1, index).masked_fill(~inside, _IMPOSSIBLE).transpose(0, 1).contiguous()
+            for x in (stay, emit)
+        )
+        which, last = torch.arange(batch), frames_B - 1
+        end = last + targets_B, which, targets_B
+        log_alpha = torch.full_like(stay_RBU, _IMPOSSIBLE)
+        log_alpha[0, :, 0] = 0.0
+        for row in range(1, count):
+            before = log_alpha[row - 1]
+            torch.add(before, stay_RBU[row - 1], out=log_alpha[row])
+            emitted = (before + emit_RBU[row - 1])[:, :-1]
+            log_alpha[row, :, 1:] = torch.logaddexp(log_alpha[row, :, 1:], emitted)
+        score_B = log_alpha[end] + stay_RBU[end]
+        # From a cell to the end: row `count` and column `columns` lie behind it.
+        log_beta = stay_RBU.new_full((count + 1, batch, columns + 1), _IMPOSSIBLE)
+        ending = (torch.arange(count)[:, None] == end[0])[..., None] & (
+            torch.arange(columns) == targets_B[:, None]
+        )
+        ends = torch.where(ending, stay_RBU, _IMPOSSIBLE)
+        for row in range(count - 1, -1, -1):
+            after = log_beta[row + 1]
+            on = torch.logaddexp(after[:, :-1] + stay_RBU[row], after[:, 1:] + emit_RBU[row])
+            log_beta[row, :, :-1] = torch.logaddexp(on, ends[row])
+        # How likely each cell is left by a blank, and by its token.
+        rest = log_alpha - score_B[:, None]
+        by_blank = (rest + stay_RBU + log_beta[1:, :, :-1]).exp_()
+        by_blank[end] = 1.0
+        by_token = (rest + emit_RBU + log_beta[1:, :, 1:]).exp_()
+        back = (torch.arange(frames)[:, None] + torch.arange(columns)).expand(batch, -1, -1)
+        shares = (x.transpose(0, 1).gather(1, back) for x in (by_blank, by_token))
+        ctx.save_for_backward(logits_BNUV, total, labels, *shares)
+        ctx.blank = blank
+        return -score_B
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        [gradient_B] = gradients
+        logits_BNUV, total, labels, by_blank, by_token = ctx.saved_tensors
+        vocab = logits_BNUV.shape[3]
+        by_blank, by_token = (x * gradient_B[:, None, None] for x in (by_blank, by_token))
+        result = torch.empty_like(logits_BNUV)
+        parts = (result, logits_BNUV, total, labels, by_blank, by_token)
+        widths = (vocab, vocab, 1, 1, 1, 1)
+        rows = (x.reshape(-1, width) for x, width in zip(parts, widths, strict=True))
+        pieces = (x.split(_PIECE) for x in rows)
+        for out, logits, sums, label, blank, token in zip(*pieces, strict=True):
+            own = (logits.float() - sums).exp_().mul_(blank + token)
+            own[:, ctx.blank] -= blank[:, 0]
+            out.copy_(own.scatter_add_(1, label, -token))
+        return result, None, None, None, None, None
 
 
 def _lattice_loss(
@@ -224,30 +307,7 @@ def _lattice_loss(
     blank: int,
     delay_penalty: float,
 ) -> Tensor:
-    batch, frames, columns, _ = logits_BNUV.shape
-    impossible = -1e30  # finite: a difference of infinities has no gradient
-    total = torch.logsumexp(logits_BNUV.float(), dim=-1)
-    stay = logits_BNUV[..., blank].float() - total
-    labels = targets_BU[:, None, :, None].expand(-1, frames, -1, -1)
-    emit = logits_BNUV[:, :, :-1].gather(3, labels)[..., 0].float() - total[:, :, :-1]
-    if delay_penalty:
-        emit = emit + _earliness(frames_B, frames, delay_penalty)[:, :, None]
-    emit = F.pad(emit, (0, 1), value=impossible)
-    # Skewed: row n holds the cells with frame + column == n, which depend on row n - 1 alone.
-    rows = torch.arange(frames + columns - 1, device=stay.device)
-    frame = rows[:, None] - torch.arange(columns, device=stay.device)
-    inside = (frame >= 0) & (frame < frames)
-    index = frame.clamp(0, frames - 1).expand(batch, -1, -1)
-    stay_rows = stay.gather(1, index).masked_fill(~inside, impossible).unbind(1)
-    emit_rows = emit.gather(1, index).masked_fill(~inside, impossible).unbind(1)
-    alpha = stay.new_full((batch, columns), impossible)
-    alpha[:, 0] = 0.0
-    alphas = [alpha]
-    for before_stay, before_emit in zip(stay_rows[:-1], emit_rows[:-1], strict=True):
-        emitted = F.pad((alpha + before_emit)[:, :-1], (1, 0), value=impossible)
-        alpha = _log_add(alpha + before_stay, emitted)
-        alphas.append(alpha)
-    which = torch.arange(batch, device=stay.device)
-    last = frames_B - 1
-    reached = torch.stack(alphas, dim=1)[which, last + targets_B, targets_B]
-    return -(reached + stay[which, last, targets_B])
+    loss: Tensor = _Lattice.apply(
+        logits_BNUV, targets_BU, frames_B, targets_B, blank, delay_penalty
+    )
+    return loss
