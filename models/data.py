@@ -200,6 +200,8 @@ class Augment:
         noise, snr: how often noise is added (to the powers, so only to ``log10`` features), and the
             range of its distance to the speech in dB.
         reverb: how often a decaying tail is added to each frame's powers, as a room does.
+        tilt: largest tilt of the spectrum in dB an octave, drawn uniformly: microphones differ.
+        band: how often all outside a band is damped, as telephones and cheap microphones do.
     """
 
     tempo: float = 0.12
@@ -212,6 +214,8 @@ class Augment:
     noise: float = 0.2
     snr: tuple[float, float] = (5.0, 30.0)
     reverb: float = 0.1
+    tilt: float = 3.0
+    band: float = 0.1
 
 
 def augment(
@@ -240,11 +244,13 @@ def augment(
     x = F.grid_sample(
         x_TF[None, None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
     )[0, 0]
-    level = rng.uniform(-settings.gain, settings.gain) / 10 * float(spec.scale[0])
+    per_db = float(spec.scale[0]) / 10
+    level = rng.uniform(-settings.gain, settings.gain) * per_db
     silence = float(Fbank(spec).pad_frame[0])
     x = (x + level).clamp_(min=silence)
     if spec.log == "log10":
-        x = _room_and_noise(x, spec, settings, rng, noises).clamp_(min=silence)
+        x = _room_and_noise(x, spec, settings, rng, noises)
+    x = (x + torch.from_numpy(_channel(spec, settings, rng)) * per_db).clamp_(min=silence)
     mean = float(x.mean())
     for _ in range(settings.freq_masks):
         width = int(rng.integers(0, settings.freq_width + 1))
@@ -255,6 +261,21 @@ def augment(
         start = int(rng.integers(0, out_frames - width + 1))
         x[start : start + width] = mean
     return x
+
+
+_CUTS = ((80.0, 400.0), (2800.0, 6000.0))  # Hz; a telephone's are 300 and 3,400
+
+
+def _channel(spec: FeatureSpec, settings: Augment, rng: np.random.Generator) -> NDArray[np.float32]:
+    """What a drawn microphone or line adds to each mel bin, in dB: (F,)."""
+    centres = spec.mel.argmax(0).clip(1) * (spec.sample_rate / spec.n_fft)
+    tilt = rng.uniform(-settings.tilt, settings.tilt)
+    response = (tilt * np.log2(centres / 1000.0)).clip(-15.0, 15.0)
+    if rng.random() < settings.band:
+        low, high = (rng.uniform(*cut) for cut in _CUTS)
+        octaves = np.log2(low / centres).clip(0) + np.log2(centres / high).clip(0)
+        response = response - (rng.uniform(24.0, 96.0) * octaves).clip(max=60.0)
+    return response.astype(np.float32)
 
 
 _TAIL = 40  # frames of a room's decay that are worth computing

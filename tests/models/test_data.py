@@ -15,6 +15,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loquent.engine.audio import load_audio
@@ -190,7 +191,9 @@ def test_a_broken_clip_leaves_no_cache(clips: list[Utterance], tmp_path: Path) -
 
 # Augmentation
 
-OFF = Augment(tempo=0, warp=0, gain=0, freq_masks=0, time_masks=0, noise=0, reverb=0)
+OFF = Augment(
+    tempo=0, warp=0, gain=0, freq_masks=0, time_masks=0, noise=0, reverb=0, tilt=0, band=0
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -269,6 +272,43 @@ def test_a_room_leaves_what_came_before_a_sound_as_it_was() -> None:
     tail = (y - x)[65:85].mean(1)
     assert tail[0] > 0.2
     assert bool((tail.diff() < 1e-4).all())
+
+
+def _through(
+    pcm: NDArray[np.float32], gain_of: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+) -> Tensor:
+    """Features of audio gone through a filter with that gain in dB at each Hz."""
+    hz = np.fft.rfftfreq(len(pcm), 1 / SPEC.sample_rate).clip(1)
+    filtered = np.fft.irfft(np.fft.rfft(pcm) * 10 ** (gain_of(hz) / 20), len(pcm))
+    return torch.from_numpy(fbank(SPEC, filtered.astype(np.float32)))
+
+
+@pytest.mark.parametrize("what", ["tilt", "band"])
+def test_a_channel_changes_features_as_a_filter_changes_audio(what: str) -> None:
+    seed = 7
+    pcm = (0.05 * np.random.default_rng(0).standard_normal(32000)).astype(np.float32)
+    x = torch.from_numpy(fbank(SPEC, pcm))
+    settings = dataclasses.replace(OFF, **({"tilt": 6.0} if what == "tilt" else {"band": 1.0}))
+    y = augment(x, SPEC, settings, np.random.default_rng(seed))
+    # What is drawn before: tempo, warp, gain, whether there is a room, and noise.
+    drawn = np.random.default_rng(seed)
+    drawn.uniform(), drawn.uniform(), drawn.uniform(), drawn.random(), drawn.random()
+    tilt, _ = drawn.uniform(-settings.tilt, settings.tilt), drawn.random()
+    low, high = drawn.uniform(80, 400), drawn.uniform(2800, 6000)
+    slope = drawn.uniform(24, 96) if what == "band" else 0.0
+
+    def gain(hz: NDArray[np.float64]) -> NDArray[np.float64]:
+        outside = np.log2(low / hz).clip(0) + np.log2(hz / high).clip(0)
+        return (tilt * np.log2(hz / 1000)).clip(-15, 15) - (slope * outside).clip(max=60)
+
+    def decibels(difference: Tensor) -> Tensor:
+        mean: Tensor = (difference / SPEC.scale[0] * 10).mean(0)
+        return mean[10:]  # the lowest bins are as wide as a slope is long
+
+    assert decibels(y - x).abs().max() > 8
+    error = decibels(y - _through(pcm, gain)).abs()
+    assert error.mean() < 0.5
+    assert error.max() < 3
 
 
 def test_augmentation_is_a_function_of_its_generator() -> None:
