@@ -92,6 +92,15 @@ def _parser() -> argparse.ArgumentParser:
         "--long-until", type=int, default=0, help="up to this step train on long chunks only"
     )
     parser.add_argument(
+        "--longest-until", type=int, default=0, help="up to this step on chunks of 1.28 s and more"
+    )
+    parser.add_argument(
+        "--predictor-from",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="take predictor and joiner of another student with the same subwords",
+    )
+    parser.add_argument(
         "--delay-penalty",
         type=float,
         default=0.0,
@@ -158,6 +167,27 @@ def _initial(args: argparse.Namespace, texts: list[str]) -> tuple[Student, Token
     student = Student(whisper_student(tokenizer.size, dim=dim, layers=len(chosen)))
     initialise_from_whisper(student.encoder, tensors, chosen)
     return student, tokenizer
+
+
+def _take_predictor(student: Student, tokenizer: Tokenizer, folder: Path) -> None:
+    """Predictor and joiner of another student, which know the subwords whatever the encoder."""
+    other = load_checkpoint(folder)
+    if other.tokenizer.model != tokenizer.model:
+        raise DataError(
+            f"--predictor-from {folder}: it has other subwords than this student; give both the "
+            "same with --tokens"
+        )
+    own = student.state_dict()
+    theirs = other.student.state_dict()
+    names = [name for name in own if name.startswith(("predictor.", "joiner."))]
+    for name in names:
+        if name not in theirs or theirs[name].shape != own[name].shape:
+            raise DataError(
+                f"--predictor-from {folder}: its {name} is "
+                f"{tuple(theirs[name].shape) if name in theirs else 'missing'}, expected "
+                f"{tuple(own[name].shape)}"
+            )
+    student.load_state_dict({name: theirs[name] for name in names}, strict=False)
 
 
 def _narrowed(student: Student, units: int, train: FeatureSource, run: Path) -> Student:
@@ -264,6 +294,7 @@ def _run(args: argparse.Namespace) -> None:
     config = TrainConfig(
         **loop_settings(args),
         rnnt_from=args.rnnt_from,
+        longest_until=args.longest_until,
         long_until=args.long_until,
         delay_penalty=args.delay_penalty,
         distil=distil,
@@ -278,6 +309,8 @@ def _run(args: argparse.Namespace) -> None:
         train = FeatureCache(utterances, spec, cache)
     if args.ffn:
         student = _narrowed(student, args.ffn, train, args.run)
+    if args.predictor_from:
+        _take_predictor(student, tokenizer, args.predictor_from)
     trainer = Trainer(
         args.run,
         student,

@@ -54,6 +54,8 @@ class TrainConfig(LoopConfig):
         rnnt_from: step at which the transducer loss joins the CTC loss.
         ctc_weight: of the CTC loss once both run (the transducer has the rest).
         segments: (segment, probability) pairs drawn per batch.
+        longest_until: up to this step only segments of ``longest_segment`` and more are drawn. A
+            pretrained encoder has heard all context, and copies of right context cost time.
         long_until: up to this step only segments of ``long_segment`` and more are drawn: short ones
             cost up to three times the time, and what they need is learnt late.
         right_contexts: (right context, probability) pairs drawn per batch. Every segment has a copy
@@ -78,6 +80,8 @@ class TrainConfig(LoopConfig):
         (64, 0.2),
         (128, 0.15),
     )
+    longest_until: int = 0
+    longest_segment: int = 128
     long_until: int = 0
     long_segment: int = 32
     right_contexts: tuple[tuple[int, float], ...] = (
@@ -301,6 +305,8 @@ class Trainer(Loop[Drawn]):
         c = self.config
         step = index // (self.devices.world * c.accumulate)
         least = c.long_segment if step < c.long_until else 0
+        if step < c.longest_until:
+            least = c.longest_segment
         segment = _draw(tuple(pair for pair in c.segments if pair[0] >= least), rng)
         right = min(_draw(c.right_contexts, rng), max(c.short_right, segment))
         features = [

@@ -25,7 +25,7 @@ from loquent.models.checkpoint import (
     load_checkpoint,
     read_tensors,
 )
-from loquent.models.data import Augment, FeatureCache, read_manifest
+from loquent.models.data import Augment, DataError, FeatureCache, read_manifest
 from loquent.models.devices import OneCpu
 from loquent.models.student import Losses, Student, StudentConfig
 from loquent.models.tokens import Tokenizer
@@ -293,6 +293,14 @@ def test_batches_are_a_function_of_the_step(make: Make) -> None:
     assert len({(d.segment, d.right) for _, [(_, d)] in all_}) > 2
 
 
+def test_short_chunks_come_last(make: Make) -> None:
+    trainer = make(longest_until=2, long_until=4)
+    drawn = [trainer._make(step, [0]) for step in range(40)]
+    assert {d.segment for d in drawn[:2]} == {128}
+    assert min(d.segment for d in drawn[2:4]) >= 32
+    assert min(d.segment for d in drawn[4:]) < 32
+
+
 def test_joined_batches_hold_the_same_speech_in_half_as_many_rows(make: Make) -> None:
     apart = first_batch(make(join=0.0)).batch
     joined = first_batch(make(join=1.0)).batch
@@ -361,6 +369,25 @@ def test_start_from_another_run(make: Make, corpus: Path, tmp_path: Path) -> Non
     assert torch.equal(student.state_dict()["ctc.bias"], trainer.average["ctc.bias"])
     assert tokenizer.pieces() == trainer.tokenizer.pieces()
     assert cli._origin(args) == "last"
+
+
+def test_predictor_and_joiner_of_another_student(make: Make, tmp_path: Path) -> None:
+    trainer = make()
+    trainer.fit()
+    folder = trainer.run / "last"
+    learnt = load_checkpoint(folder).student.state_dict()
+    other = Student(trainer.student.config)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    cli._take_predictor(other, trainer.tokenizer, folder)
+    for name, tensor in other.state_dict().items():
+        taken = name.startswith(("predictor.", "joiner."))
+        assert torch.equal(tensor, (learnt if taken else before)[name]), name
+    wider = Student(dataclasses.replace(trainer.student.config, joiner_dim=24))
+    with pytest.raises(DataError, match=r"its predictor\.linear\.weight is \(\d+, \d+\), expected"):
+        cli._take_predictor(wider, trainer.tokenizer, folder)
+    strange = Tokenizer.train(["a", "b", "abc"], 6)
+    with pytest.raises(DataError, match="other subwords than this student"):
+        cli._take_predictor(other, strange, folder)
 
 
 # Mistakes on the command line
