@@ -59,7 +59,7 @@ def model_card(
         table(clean),
     ]
     if len(clean) < len(results):
-        parts += ["## In noise, or quieter", table(results)]
+        parts += ["## In noise, quieter, or through other channels", table(results)]
     if entities := entity_table(clean):
         parts += ["## Numbers and names", entities]
     if delays := delay_table(results):

@@ -27,6 +27,7 @@ from loquent.engine.errors import LoquentError
 from loquent.engine.recognizer import Recognizer
 from loquent.export.bench import time_decoders
 from loquent.export.card import write_card
+from loquent.export.channel import CHANNELS, through
 from loquent.export.emission import DelayMeter
 from loquent.export.kept import Kept, identity
 from loquent.export.peers import Peer, open_peers
@@ -61,6 +62,7 @@ class Clips:
         noise: where noise comes from, if any is mixed in.
         snr_db: how far it is below the speech. The same clip gets the same noise every time.
         quieter_db: by which the clips are quieter, as 16-bit samples.
+        channel: of :mod:`loquent.export.channel`, which they have gone through.
     """
 
     def __init__(
@@ -70,10 +72,12 @@ class Clips:
         snr_db: float = 0.0,
         *,
         quieter_db: float = 0.0,
+        channel: str = "",
     ) -> None:
         self.utterances = utterances
         self.noise, self.snr_db, self.quieter_db = noise, snr_db, quieter_db
-        self.label = CLEAN if noise is None else f"{snr_db:g} dB"
+        self.channel = channel
+        self.label = channel or (CLEAN if noise is None else f"{snr_db:g} dB")
         if quieter_db:
             self.label = f"{quieter_db:g} dB quieter"
         self.seconds = sum(u.duration for u in utterances)
@@ -88,6 +92,8 @@ class Clips:
             pcm = mix(
                 pcm, self.noise.draw(len(pcm), np.random.default_rng(zlib.crc32(name))), self.snr_db
             )
+        if self.channel:
+            pcm = through(self.channel, pcm, sample_rate)
         if self.quieter_db:
             pcm = (np.round(32768 * 10 ** (-self.quieter_db / 20) * pcm) / 32768).astype(np.float32)
         self.reading += time.process_time() - before
@@ -247,6 +253,14 @@ def _parser() -> argparse.ArgumentParser:
         "be repeated",
     )
     parser.add_argument(
+        "--channel",
+        choices=tuple(CHANNELS),
+        action="append",
+        default=[],
+        help="also with the clips through a telephone, or a bright or dull microphone; may be "
+        "repeated",
+    )
+    parser.add_argument(
         "--speed",
         action="store_true",
         help="time a chunk of 1 and 16 streams with each decoder, which take turns",
@@ -316,6 +330,7 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
         if not 0 < level <= 100:
             raise DataError(f"got --quieter {level:g}, expected more than 0 and at most 100 dB")
         conditions.append(Clips(utterances, quieter_db=level))
+    conditions += [Clips(utterances, channel=name) for name in args.channel]
     batch = args.batch or (1 if peers else BATCH)
     kept = Kept(args.resume)
     sources = args.bundle or ["en"]

@@ -40,7 +40,8 @@ class Result:
         bundle: name of the bundle, or of the peer.
         precision, decoder, chunk_ms: of the bundle's; of a peer ``""``, ``""`` and 0 (it hears a
             clip as a whole).
-        noise: ``clean``, or the distance of the noise, for example ``10 dB``, or ``20 dB quieter``.
+        noise: ``clean``, or the distance of the noise, for example ``10 dB``, or ``20 dB quieter``,
+            or ``telephone``.
         lines: the clips.
         cpu_seconds: processor time that they took, features included, reading files excluded.
         audio_seconds: their length.

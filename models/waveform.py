@@ -28,8 +28,8 @@ from loquent.models.noise import MadeNoise, Noise, mix
 Float32 = NDArray[np.float32]
 Codec = Literal["narrow", "mulaw", "opus"]
 CODECS: tuple[Codec, ...] = ("narrow", "mulaw", "opus")
-# What is left to do to the features of changed waveforms: SpecAugment.
-MASKS = Augment(tempo=0.0, warp=0.0, gain=0.0, noise=0.0, reverb=0.0)
+# What is left to do to the features of changed waveforms: SpecAugment, and a tilt.
+MASKS = Augment(tempo=0.0, warp=0.0, gain=0.0, noise=0.0, reverb=0.0, band=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from loquent.engine.bundle import DECODERS, Bundle
 from loquent.engine.recognizer import Recognizer
 from loquent.export import evaluate as evaluate_module
 from loquent.export.bundle import update_manifest
+from loquent.export.channel import CHANNELS, through
 from loquent.export.evaluate import evaluate, main, transcribe_all
 from loquent.models.align import BundleCtc, align
 from loquent.models.data import Utterance, read_manifest
@@ -137,6 +138,43 @@ def test_clips_may_be_played_quieter(
     found = {(r["system"], r["noise"]): r["wer"] for r in results}
     assert found["toy", "clean"] == found["deaf", "clean"] == found["toy", "30 dB quieter"] == 0
     assert found["deaf", "30 dB quieter"] > 0.2
+
+
+def test_clips_may_go_through_a_channel(
+    int8: Any, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--bundle", str(int8.folder), "--channel", "telephone", "--channel", "dull"]
+    assert main([str(corpus), *options, "--chunk-ms", "320", "--decoder", "ctc", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [r["noise"] for r in results] == ["clean", "telephone", "dull"]
+    assert len({r["cpu_per_second"] for r in results}) == 3
+    with pytest.raises(SystemExit):
+        main([str(corpus), "--channel", "radio"])
+    assert "invalid choice: 'radio'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("samples", [0, 100, 16000, 16001])
+@pytest.mark.parametrize("name", CHANNELS)
+def test_what_channels_do(name: str, samples: int) -> None:
+    rng = np.random.default_rng(0)
+    pcm = (0.1 * rng.standard_normal(samples)).astype(np.float32)
+    out = through(name, pcm, 16000)
+    assert out.shape == pcm.shape
+    assert out.dtype == np.float32
+    if samples < 1000:
+        return
+
+    def level(pcm: Any, low: float, high: float) -> float:
+        hz = np.fft.rfftfreq(len(pcm), 1 / 16000)
+        power = np.abs(np.fft.rfft(pcm)) ** 2
+        return float(10 * np.log10(power[(hz > low) & (hz < high)].mean()))
+
+    assert level(out, 10, 7990) == pytest.approx(level(pcm, 10, 7990), abs=0.7)
+    octave = level(out, 2700, 3300) - level(out, 1350, 1650)
+    assert octave == pytest.approx({"telephone": 0, "bright": 6, "dull": -6}[name], abs=1)
+    if name == "telephone":
+        for low, high in ((20, 130), (5000, 7900)):
+            assert level(out, low, high) < level(out, 500, 3000) - 25
 
 
 def test_a_killed_evaluation_goes_on(
