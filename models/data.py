@@ -275,7 +275,8 @@ def _channel(spec: FeatureSpec, settings: Augment, rng: np.random.Generator) -> 
         low, high = (rng.uniform(*cut) for cut in _CUTS)
         octaves = np.log2(low / centres).clip(0) + np.log2(centres / high).clip(0)
         response = response - (rng.uniform(24.0, 96.0) * octaves).clip(max=60.0)
-    return response.astype(np.float32)
+    result: NDArray[np.float32] = response.astype(np.float32)
+    return result
 
 
 _TAIL = 40  # frames of a room's decay that are worth computing

@@ -232,7 +232,7 @@ class _Lattice(torch.autograd.Function):
         delay_penalty: float,
     ) -> Tensor:
         batch, frames, columns, _ = logits_BNUV.shape
-        pieces = logits_BNUV.reshape(-1, logits_BNUV.shape[3]).split(_PIECE)
+        pieces = torch.split(logits_BNUV.reshape(-1, logits_BNUV.shape[3]), _PIECE)
         total = torch.cat([x.float().logsumexp(-1) for x in pieces]).reshape(batch, frames, columns)
         stay = logits_BNUV[..., blank].float() - total
         # Behind the last token comes none; any label will do, as it is impossible.
@@ -291,7 +291,7 @@ class _Lattice(torch.autograd.Function):
         parts = (result, logits_BNUV, total, labels, by_blank, by_token)
         widths = (vocab, vocab, 1, 1, 1, 1)
         rows = (x.reshape(-1, width) for x, width in zip(parts, widths, strict=True))
-        pieces = (x.split(_PIECE) for x in rows)
+        pieces = (torch.split(x, _PIECE) for x in rows)
         for out, logits, sums, label, blank, token in zip(*pieces, strict=True):
             own = (logits.float() - sums).exp_().mul_(blank + token)
             own[:, ctx.blank] -= blank[:, 0]
@@ -307,7 +307,7 @@ def _lattice_loss(
     blank: int,
     delay_penalty: float,
 ) -> Tensor:
-    loss: Tensor = _Lattice.apply(
+    loss: Tensor = _Lattice.apply(  # type: ignore[no-untyped-call]
         logits_BNUV, targets_BU, frames_B, targets_B, blank, delay_penalty
     )
     return loss
