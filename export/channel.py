@@ -42,7 +42,9 @@ def through(name: str, pcm: Float32, sample_rate: int) -> Float32:
     (ITU-T G.711); ``bright`` and ``dull`` tilt the spectrum by 6 dB an octave.
 
     Args:
+        name: which one.
         pcm: (N,) in [-1, 1].
+        sample_rate: Hz.
     """
     if not len(pcm):
         return pcm

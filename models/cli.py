@@ -309,7 +309,7 @@ def _run(args: argparse.Namespace) -> None:
         train = FeatureCache(utterances, spec, cache)
     if args.ffn:
         student = _narrowed(student, args.ffn, train, args.run)
-    if args.predictor_from:
+    if args.predictor_from and not (args.run / "last").exists():  # whose weights it will have
         _take_predictor(student, tokenizer, args.predictor_from)
     trainer = Trainer(
         args.run,

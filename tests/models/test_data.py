@@ -288,12 +288,12 @@ def test_a_channel_changes_features_as_a_filter_changes_audio(what: str) -> None
     seed = 7
     pcm = (0.05 * np.random.default_rng(0).standard_normal(32000)).astype(np.float32)
     x = torch.from_numpy(fbank(SPEC, pcm))
-    settings = dataclasses.replace(OFF, **({"tilt": 6.0} if what == "tilt" else {"band": 1.0}))
-    y = augment(x, SPEC, settings, np.random.default_rng(seed))
+    channel = dataclasses.replace(OFF, **({"tilt": 6.0} if what == "tilt" else {"band": 1.0}))
+    y = augment(x, SPEC, channel, np.random.default_rng(seed))
     # What is drawn before: tempo, warp, gain, whether there is a room, and noise.
     drawn = np.random.default_rng(seed)
     drawn.uniform(), drawn.uniform(), drawn.uniform(), drawn.random(), drawn.random()
-    tilt, _ = drawn.uniform(-settings.tilt, settings.tilt), drawn.random()
+    tilt, _ = drawn.uniform(-channel.tilt, channel.tilt), drawn.random()
     low, high = drawn.uniform(80, 400), drawn.uniform(2800, 6000)
     slope = drawn.uniform(24, 96) if what == "band" else 0.0
 
