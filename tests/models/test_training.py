@@ -451,12 +451,18 @@ def test_interrupting_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)]
+    ("can", "dtype"),
+    [
+        ({"avx2": True}, torch.float32),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "amx_bf16": True}, torch.bfloat16),
+    ],
 )
 def test_bf16_is_for_processors_that_have_it(
-    monkeypatch: pytest.MonkeyPatch, capability: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, can: dict[str, bool], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can)
     with OneCpu(bf16=True).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     with OneCpu(bf16=False).autocast():
