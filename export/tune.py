@@ -47,6 +47,7 @@ _RANGES: Mapping[str, tuple[float, float, float]] = {
     "own_weight": (0.0, 0.6, 0.08),
     "word_bonus": (-1.0, 4.0, 0.5),
     "unknown": (-16.0, -3.0, 1.5),
+    "unknown_letter": (-4.0, 0.0, 0.7),
     "blank_penalty": (-1.0, 3.0, 0.4),
 }
 _UNUSED: Mapping[DecoderName, frozenset[str]] = {

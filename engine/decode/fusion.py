@@ -32,7 +32,9 @@ class BeamRules:
         own_weight: of the transducer's own language model, which is taken off: it learnt from a
             thousandth of the other's text (arXiv 2011.01991).
         word_bonus: for every word, against the deletions that a language model causes.
-        unknown: for a word that the language model does not know.
+        unknown: for a word that the language model does not know ...
+        unknown_letter: ... and for each of its letters from the ninth on. Names are short, and what
+            is long is mostly two words whose boundary was not heard.
         blank_penalty: taken off blank in every frame.
     """
 
@@ -44,6 +46,7 @@ class BeamRules:
     own_weight: float = 0.0
     word_bonus: float = 1.5
     unknown: float = -10.0
+    unknown_letter: float = 0.0
     blank_penalty: float = 0.0
 
     def __post_init__(self) -> None:
@@ -63,13 +66,16 @@ BEAM_WEIGHTS = (
     "own_weight",
     "word_bonus",
     "unknown",
+    "unknown_letter",
     "blank_penalty",
 )
+_ANY = frozenset({"word_bonus", "unknown", "unknown_letter", "blank_penalty"})  # also below 0
+_SHORT = 8  # letters of an unknown word that cost nothing more
 
 
 def check_weight(name: str, value: float) -> None:
     """Raises ConfigError for what makes no sense as a weight or penalty."""
-    low = -math.inf if name in ("word_bonus", "unknown", "blank_penalty") else 0.0
+    low = -math.inf if name in _ANY else 0.0
     if not (low <= value and math.isfinite(value)):
         expected = "a number" if low else "a number, 0 or above"
         raise ConfigError(f"got {name} {value!r}, expected {expected}")
@@ -255,7 +261,10 @@ class Fusion:
         logp = self._ahead.get(prefix)
         if logp is None and self.hotwords and prefix in self.hotwords.beginnings:
             logp = self._rarest
-        return rules.lm_weight * logp if logp is not None else rules.unknown
+        return rules.lm_weight * logp if logp is not None else self._unknown(prefix)
+
+    def _unknown(self, word: str) -> float:
+        return self.rules.unknown + self.rules.unknown_letter * max(0, len(word) - _SHORT)
 
     def _word(self, state: State, word: str) -> tuple[float, State]:
         if self._ngram is None or not word:
@@ -265,7 +274,7 @@ class Fusion:
         if index is None:
             _, state = self._ngram.score(state, self._ngram.unknown)
             hot = self.hotwords and word in self.hotwords.words
-            score = rules.lm_weight * self._rarest if hot else rules.unknown
+            score = rules.lm_weight * self._rarest if hot else self._unknown(word)
             return score + rules.word_bonus, state
         logp, state = self._ngram.score(state, index)
         return rules.lm_weight * logp + rules.word_bonus, state

@@ -325,6 +325,29 @@ def test_a_session_without_language_model() -> None:
     assert Runner(decoder, lm_weight=0.01).said(doubtful) == [A]  # "ab" is still no word
 
 
+def test_an_unknown_word_costs_more_the_longer_it_is() -> None:
+    rules = BeamRules(unknown=-5.0, unknown_letter=-2.0, word_bonus=0.5)
+    fusion = Fusion(["", "▁abcd", "efgh", "i"], unigrams(a=-1.0), rules)
+    words = fusion.start()
+    for token, score in ((1, -5.0), (2, -5.0), (3, -7.0), (3, -9.0)):
+        words = fusion.extend(words, token, 0.0)
+        assert words.score == score
+    assert fusion.finished(words) == -8.5
+    # Now that it is over, nothing else is charged for it.
+    assert fusion.extend(words, 1, 0.0).score == -8.5 - 5.0
+
+
+def test_a_boundary_that_was_hardly_heard() -> None:
+    """Of two words run together nothing is known but that they are too long for one."""
+    pieces = ["", "▁leaders", "▁arrive", "arrive"]
+    doubtful = np.log([[0.01, 0.97, 0.01, 0.01], [0.001, 0.009, 0.05, 0.94]])
+    for letter, said in ((0.0, [1, 3]), (-1.0, [1, 2])):
+        rules = BeamRules(word_bonus=0.0, unknown=-3.0, unknown_letter=letter)
+        fusion = Fusion(pieces, unigrams(leaders=-2.0, arrive=-2.0), rules)
+        decoder = BeamSearch(fusion, blank=BLANK, share=1.0)
+        assert Runner(decoder).said(doubtful) == said
+
+
 def test_word_bonus_brings_words() -> None:
     doubtful = rows([A, BLANK, C])
     doubtful[2, [BLANK, C]] = np.log([0.55, 0.41])
