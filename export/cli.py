@@ -176,13 +176,16 @@ def _average(checkpoint: Checkpoint, other: str) -> None:
         for name, weight in checkpoint.student.named_parameters():
             weight.lerp_(theirs[name], share)
     origin = checkpoint.state.setdefault("origin", {})
-    origin["average"] = f"{Path(folder).name}, {share:g} of the weights"
+    own = Path(folder)
+    name = own.parent.name if own.name in ("last", "best") else own.name
+    before = f"{origin['average']}; then " if "average" in origin else ""
+    origin["average"] = f"{before}{name}, {share:g} of the weights"
 
 
 def _export(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
-    if args.average:
-        _average(checkpoint, args.average)
+    for other in args.average:
+        _average(checkpoint, other)
     utterances = read_manifest(args.dev) if args.dev else []
     if args.int8 and not utterances:
         raise DataError("--int8 needs --dev MANIFEST to measure what quantisation costs")
@@ -253,8 +256,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--average",
         metavar="CHECKPOINT=SHARE",
-        help="mix in the weights of another one, SHARE of all: what a model was fine-tuned from "
-        "keeps it from forgetting (arXiv 2109.01903)",
+        action="append",
+        default=[],
+        help="mix in the weights of another one, SHARE of all so far: what a model was fine-tuned "
+        "from keeps it from forgetting (arXiv 2109.01903); may be repeated",
     )
     parser.add_argument(
         "--weights",

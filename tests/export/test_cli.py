@@ -120,6 +120,11 @@ def test_average(run: Path, tmp_path: Path) -> None:
     for name, weight in one.student.named_parameters():
         torch.testing.assert_close(weight.detach(), before[name] + 0.25)
     assert one.state["origin"]["average"] == "other, 0.25 of the weights"
+    cli._average(one, f"{run / 'last'}=0.5")
+    for name, weight in one.student.named_parameters():
+        torch.testing.assert_close(weight.detach(), before[name] + 0.125)
+    named = f"other, 0.25 of the weights; then {run.name}, 0.5 of the weights"
+    assert one.state["origin"]["average"] == named
 
 
 def error(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
