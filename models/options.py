@@ -128,9 +128,7 @@ def loop_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def start_torch(args: argparse.Namespace) -> None:
-    """Threads, seed, and no denormal numbers: small gradients are full of them, and some processors
-    are slow with them (5 to 7 % of a step on a Xeon)."""
-    torch.set_flush_denormal(True)
+    """Threads and seed."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
