@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
 
 from loquent.clients.cli import EXIT_ERROR, EXIT_USAGE, fail
 from loquent.clients.live import recognise, stream_rate
@@ -20,6 +19,7 @@ from loquent.clients.options import (
     make_parser,
     open_stream,
 )
+from loquent.clients.output import open_output, refusal
 from loquent.clients.terminal import ProgressBar
 from loquent.engine.audio import AudioFile
 from loquent.engine.errors import AudioError
@@ -114,22 +114,29 @@ def main(argv: Sequence[str]) -> int:
             f"{twice[0]} and {twice[1]} would be written to the same file; run them one by one",
             EXIT_USAGE,
         )
+    targets = _targets(options, folder)
+    if why := refusal(set(targets.values()), options.files):
+        return fail(why, EXIT_USAGE)
     recognizer = load_recognizer(options)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        return _run(recognizer, options, folder=folder)
-    if options.output is not None:
-        with Path(options.output).open("w", encoding="utf-8") as out:
-            return _run(recognizer, options, out=out)
-    return _run(recognizer, options, out=sys.stdout)
+
+        def put(name: str, text: str) -> None:
+            with open_output(targets[name]) as write:
+                write(text)
+
+        return _run(recognizer, options, put)
+    headed = options.format == "text" and len(options.files) > 1
+    with open_output(targets.get(options.files[0])) as write:
+        return _run(
+            recognizer,
+            options,
+            lambda name, text: write(f"==> {name} <==\n{text}" if headed else text),
+        )
 
 
 def _run(
-    recognizer: Recognizer,
-    options: argparse.Namespace,
-    *,
-    out: TextIO | None = None,
-    folder: Path | None = None,
+    recognizer: Recognizer, options: argparse.Namespace, put: Callable[[str, str], object]
 ) -> int:
     status = 0
     for name in options.files:
@@ -137,15 +144,8 @@ def _run(
             text = _transcribe(recognizer, options, name).render(options.format)
         except AudioError as exc:
             status = fail(str(exc), EXIT_ERROR)
-            continue
-        if folder is not None:
-            suffix = ".txt" if options.format == "text" else f".{options.format}"
-            (folder / Path(name).with_suffix(suffix).name).write_text(text, encoding="utf-8")
-        elif out is not None:
-            if options.format == "text" and len(options.files) > 1:
-                out.write(f"==> {name} <==\n")
-            out.write(text)
-            out.flush()
+        else:
+            put(name, text)
     return status
 
 
@@ -174,6 +174,16 @@ def _output_folder(output: str | None) -> Path | None:
     if output is not None and (output.endswith("/") or Path(output).is_dir()):
         return Path(output)
     return None
+
+
+def _targets(options: argparse.Namespace, folder: Path | None) -> dict[str, Path]:
+    """The file that the text of each recording goes to; none for standard output."""
+    if options.output is None:
+        return {}
+    if folder is None:
+        return dict.fromkeys(options.files, Path(options.output))
+    suffix = ".txt" if options.format == "text" else f".{options.format}"
+    return {name: folder / Path(name).with_suffix(suffix).name for name in options.files}
 
 
 def _same_output(names: Sequence[str]) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 // The page: wires the microphone, the session and the captions together.
 
-import { Capture, CaptureError, RATE } from "./capture.js";
+import { keepAwake } from "./awake.js";
+import { Capture, CaptureError } from "./capture.js";
 import { Captions, clock, duration } from "./captions.js";
 import { level } from "./packets.js";
 import { Session } from "./session.js";
@@ -19,11 +20,17 @@ const DECODERS = {
 };
 const QUIET_SECONDS = 4; // of digital silence before we say so
 const DELAYS_KEPT = 9;
+const DOUBLE_MS = 500; // two presses within it are one, a double click
+const PAUSED =
+  "The browser has paused the microphone, as it does for a call, another program or a mute switch. What you say meanwhile is not heard. When that is over, press anywhere on this page, or any key, to go on.";
 
-let state = "idle"; // idle starting connecting live reconnecting waiting finishing failed
+let state = "idle"; // idle starting connecting live paused reconnecting waiting finishing failed
 let capture = null;
 let session = null;
 let clockStart = Infinity; // when the first sample was heard, in ms; the least late packet tells best
+let paused = false; // the browser holds the microphone back
+let said = ""; // the notice on show, unless the microphone is paused
+let nextPress = 0; // the button does nothing before this time
 let silentSince = null; // seconds recorded when digital silence began
 let delays = [];
 let asksForKey = false; // the server, for sessions
@@ -37,6 +44,7 @@ const BUTTONS = {
   starting: "Cancel",
   connecting: "Stop",
   live: "Stop",
+  paused: "Stop",
   reconnecting: "Stop",
   waiting: "Stop",
   finishing: "Skip the rest",
@@ -46,17 +54,25 @@ function show(next, text) {
   state = next;
   document.body.dataset.state = next;
   if (byId("status-text").textContent !== text) byId("status-text").textContent = text;
-  const over = capture === null && session !== null; // stopped, but the server still owes text
-  byId("record-text").textContent = over ? BUTTONS.finishing : BUTTONS[next];
+  // Stopped, but the server still owes text.
+  byId("record-text").textContent = session?.stopping ? BUTTONS.finishing : BUTTONS[next];
   const free = next === "idle" || next === "failed";
   byId("chunks").disabled = !free;
   byId("decoders").disabled = !free;
+  keepAwake(capture !== null);
   refreshActions();
 }
 
+function showLive() {
+  if (paused) show("paused", "Microphone paused");
+  else show("live", "Listening");
+}
+
 function notice(text) {
-  byId("notice").textContent = text;
-  byId("notice").hidden = text === "";
+  said = text;
+  const shown = paused ? PAUSED : text;
+  if (byId("notice").textContent !== shown) byId("notice").textContent = shown;
+  byId("notice").hidden = shown === "";
 }
 
 function refreshActions() {
@@ -77,11 +93,11 @@ const listener = {
         break;
       case "reconnecting":
         show("reconnecting", "Reconnecting");
-        if (byId("notice").hidden) notice("The connection to the server was lost. What you say meanwhile is kept and captioned as soon as it is back.");
+        if (said === "") notice("The connection to the server was lost. What you say meanwhile is kept and captioned as soon as it is back.");
         break;
       case "live":
         notice("");
-        show("live", "Listening");
+        showLive();
         break;
       case "finishing":
         notice("");
@@ -177,7 +193,7 @@ async function start() {
   show("starting", "Waiting for the microphone");
   let opened;
   try {
-    opened = await Capture.open(onPacket, onMicrophoneLost);
+    opened = await Capture.open(microphone);
   } catch (error) {
     if (!(error instanceof CaptureError)) throw error;
     if (state !== "starting") return; // cancelled meanwhile
@@ -200,9 +216,12 @@ async function stop() {
   const stopping = capture;
   capture = null;
   await stopping.stop();
+  paused = false;
   sound(null);
   if (session === null) return; // it failed while the last packet was on its way
+  nextPress = performance.now() + DOUBLE_MS; // to skip the rest is another wish
   session.finish();
+  notice(said);
   if (state !== "finishing") show(state, byId("status-text").textContent);
 }
 
@@ -211,22 +230,43 @@ function endRecording() {
   session = null;
   capture?.abandon();
   capture = null;
+  paused = false;
   sound(null);
 }
 
-function onPacket(packet) {
-  if (session === null) return;
-  session.send(packet);
-  if (session === null) return; // it could take no more
-  clockStart = Math.min(clockStart, performance.now() - session.recorded * 1000);
-  byId("elapsed").textContent = clock(session.recorded);
-  byId("elapsed").dateTime = duration(session.recorded);
-  sound(level(packet));
-}
+const microphone = {
+  packet(packet) {
+    if (session === null) return;
+    session.send(packet);
+    if (session === null) return; // it could take no more
+    clockStart = Math.min(clockStart, performance.now() - session.recorded * 1000);
+    byId("elapsed").textContent = clock(session.recorded);
+    byId("elapsed").dateTime = duration(session.recorded);
+    sound(level(packet));
+  },
 
-function onMicrophoneLost() {
+  paused(now) {
+    if (capture === null) return;
+    paused = now;
+    clockStart = Infinity; // what was not heard does not count
+    notice(said);
+    sound(null);
+    if (state === "live" || state === "paused") showLive();
+  },
+
+  silent() {
+    leave("The browser paused the microphone for half a minute, so captioning stopped. The text so far is kept; press Start to go on.");
+  },
+
+  lost() {
+    leave("The microphone was disconnected. The text so far is kept; connect it and press Start to go on.");
+  },
+};
+
+/** Stops by itself, and says why. */
+function leave(why) {
   if (capture === null) return;
-  farewell = "The microphone was disconnected. The text so far is kept; connect it and press Start to go on.";
+  farewell = why;
   stop();
 }
 
@@ -238,6 +278,7 @@ function sound(measured) {
   byId("meter").classList.toggle("loud", loud);
   byId("meter").setAttribute("aria-valuenow", String(Math.round(100 * share)));
   let text = measured === null ? "Microphone off" : "Microphone on";
+  if (paused) text = "Microphone paused";
   if (measured === null || measured.peak > -Infinity) {
     silentSince = null;
   } else {
@@ -250,12 +291,23 @@ function sound(measured) {
 
 // Controls.
 
-byId("record").addEventListener("click", () => {
+byId("record").addEventListener("click", ({ timeStamp }) => {
+  if (timeStamp < nextPress) return;
+  nextPress = timeStamp + DOUBLE_MS;
   if (state === "idle" || state === "failed") start();
   else if (state === "starting") show("idle", "Ready");
-  else if (capture === null) session?.abort();
-  else stop();
+  else if (capture !== null) stop();
+  else if (session?.stopping) session.abort();
 });
+
+// Enter held down is one press.
+byId("record").addEventListener("keydown", (event) => {
+  if (event.repeat && event.key === "Enter") event.preventDefault();
+});
+
+for (const kind of ["visibilitychange", "click", "keydown"]) {
+  document.addEventListener(kind, () => capture?.resume());
+}
 
 /** Says something in the status line for a moment. */
 function flash(text) {

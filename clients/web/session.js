@@ -48,6 +48,11 @@ export class Session {
     this.#connect();
   }
 
+  /** Whether no more audio comes. */
+  get stopping() {
+    return this.#stopping;
+  }
+
   /** Seconds recorded so far. */
   get recorded() {
     return this.#backlog.end / RATE;
@@ -70,7 +75,7 @@ export class Session {
     this.#drain();
   }
 
-  /** Ends at once, whatever the server still owes. */
+  /** Ends at once, whatever the server still owes, and so that it keeps nothing for us. */
   abort() {
     this.#close();
     this.#listener.state("ended");
@@ -192,7 +197,7 @@ export class Session {
     this.#ready = false;
     if (this.#socket === null) return;
     this.#socket.onopen = this.#socket.onmessage = this.#socket.onclose = null;
-    this.#socket.close();
+    this.#socket.close(1000); // by our own will: nobody is to wait for us
     this.#socket = null;
   }
 }

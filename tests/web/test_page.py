@@ -21,6 +21,39 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 ARTIFACTS = Path(__file__).resolve().parents[2] / "test-artifacts"
 WAIT = 30_000  # ms; how long anything on the page may take before the test gives up
 
+# Lets a test at what the page has of the browser: its audio, its microphone, its wake locks.
+LAY_OPEN = """
+window.AudioContext = class extends AudioContext {
+  constructor(options) {
+    super(options);
+    window.audio = this;
+  }
+  createMediaStreamSource(stream) {
+    window.track = stream.getAudioTracks()[0];
+    return super.createMediaStreamSource(stream);
+  }
+};
+window.AudioWorkletNode = class extends AudioWorkletNode {
+  constructor(...of) {
+    super(...of);
+    window.packets = this.port;
+  }
+};
+window.locks = [];
+const request = WakeLock.prototype.request;
+WakeLock.prototype.request = async function (kind) {
+  window.locks.push(await request.call(this, kind));
+  return window.locks.at(-1);
+};
+"""
+PRESSES = """(times) => {
+  for (const value of times) {
+    const press = new MouseEvent("click");
+    Object.defineProperty(press, "timeStamp", { value });
+    document.querySelector("#record").dispatchEvent(press);
+  }
+}"""
+
 Serve = Callable[..., Any]
 Browse = Callable[..., AbstractContextManager[Browser]]
 Transcribe = Callable[[Path], list[str]]
@@ -40,6 +73,7 @@ class Watched:
         self.page.on("request", self._request)
         self.ready: list[dict[str, Any]] = []  # what servers said to connections
         self.page.on("websocket", lambda ws: ws.on("framereceived", self._frame))
+        self.page.add_init_script(LAY_OPEN)
         self.page.goto(url)
 
     def _console(self, message: Any) -> None:
@@ -63,6 +97,15 @@ class Watched:
 
     def press(self) -> None:
         self.page.click("#record")
+
+    def press_at(self, *times: float) -> None:
+        """Presses at these moments in ms, however late a busy machine lets the page know."""
+        self.page.evaluate(PRESSES, list(times))
+
+    @property
+    def now(self) -> float:
+        """What the page calls the present, in ms."""
+        return float(self.page.evaluate("performance.now()"))
 
     @property
     def elapsed(self) -> float:
@@ -94,7 +137,7 @@ def test_captions_while_the_audio_plays_and_the_same_text_as_transcribe(
         watched.press()
         watched.wait("live")
         page.wait_for_selector("#live:not([hidden]) .tentative", state="attached")
-        page.wait_for_function("document.querySelector('#live').textContent.length > 4")
+        page.wait_for_function("() => document.querySelector('#live').textContent.length > 4")
         assert watched.elapsed < duration - 2, "captions came after the audio, not with it"
         page.wait_for_selector("#log .final")
         assert watched.elapsed < duration - 1, "no final came while the audio was playing"
@@ -151,6 +194,49 @@ def test_a_server_that_asks_for_keys(serve: Serve, browse: Browse, tmp_path: Pat
         assert watched.complaints == []
     assert server.end() == 0
     assert "correct-horse" not in "".join(server.log)
+
+
+def test_who_leaves_the_page_leaves_the_seat(serve: Serve, browse: Browse, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("alice correct-horse-battery\n")
+    (tmp_path / "keys").chmod(0o600)
+    server = serve(
+        *("--port", "0", "--keys-file", str(tmp_path / "keys"), "--sessions-per-key", "1")
+    )
+    with browse() as browser:
+        watched = Watched(browser, f"{server.url}#key=correct-horse-battery")
+        watched.press()
+        watched.wait("live")
+        watched.page.reload()
+        watched.page.wait_for_load_state("networkidle")
+        watched.press()
+        watched.wait("live")
+        # Another page is told what it waits for.
+        other = Watched(browser, f"{server.url}#key=correct-horse-battery")
+        other.press()
+        other.wait("waiting")
+        expect(other.page.get_by_role("status")).to_contain_text("Server busy")
+        watched.page.reload()
+        other.wait("live")
+        other.press()
+        other.wait("idle")
+        # Nor does a session that is aborted stay behind.
+        other.page.evaluate(
+            """async ([url, key]) => {
+              const { Session } = await import("/session.js");
+              let session;
+              await new Promise((ready) => {
+                const listener = { state() {}, ready: () => setTimeout(ready) };
+                session = new Session(url, { chunk_ms: 320 }, listener, key);
+              });
+              session.abort();
+            }""",
+            [server.url.replace("http", "ws") + "v1/stream", "correct-horse-battery"],
+        )
+        watched.page.wait_for_load_state("networkidle")
+        watched.press()
+        watched.wait("live")
+        assert watched.complaints == other.complaints == []
+    assert server.end() == 0
 
 
 def test_a_lost_connection_is_resumed(
@@ -284,6 +370,174 @@ def test_a_busy_server_takes_the_page_when_there_is_room(
     server.end()
 
 
+def test_a_double_click_on_stop_costs_no_words(
+    serve: Serve, browse: Browse, transcribe: Transcribe, tmp_path: Path
+) -> None:
+    server = serve("--port", "0", "--record", str(tmp_path))
+    with browse() as browser:
+        watched = Watched(browser, server.url)
+        page = watched.page
+        watched.press_at(watched.now, watched.now)  # is one press, here too
+        watched.wait("live")
+        watched.wait_elapsed(2.5)
+        page.wait_for_selector("#live:not([hidden])")
+        watched.press_at(watched.now, watched.now)
+        watched.wait("idle")
+        shown = watched.finals
+        page.wait_for_timeout(600)
+        expect(page.get_by_role("button", name="Start")).to_be_visible()  # and does not begin again
+        assert watched.complaints == []
+    assert server.end() == 0
+    (recorded,) = tmp_path.glob("*.wav")
+    assert shown
+    assert shown == transcribe(recorded)
+
+
+def test_the_rest_is_skipped_by_a_press_that_is_meant(
+    serve: Serve, link: Callable[..., Any], browse: Browse
+) -> None:
+    server = serve("--port", "0")
+    network = link(server)
+    with browse() as browser:
+        watched = Watched(browser, network.url)
+        page = watched.page
+        watched.press()
+        page.wait_for_selector("#live:not([hidden])")
+        network.cut()  # what the server owes does not come
+        begun = watched.now
+        page.focus("#record")
+        for _ in range(40):  # a key held down for more than a second
+            page.keyboard.down("Enter")
+            page.wait_for_timeout(30)
+        page.keyboard.up("Enter")
+        expect(page.get_by_role("button", name="Skip the rest")).to_be_focused()
+        watched.press_at(begun + 300)  # the second of a double click
+        assert page.get_attribute("body", "data-state") != "idle"
+        page.keyboard.press("Space")
+        watched.wait("idle")
+    server.end()
+
+
+def test_a_microphone_that_the_browser_pauses(
+    serve: Serve, browse: Browse, transcribe: Transcribe, tmp_path: Path
+) -> None:
+    server = serve("--port", "0", "--record", str(tmp_path))
+    with browse() as browser:
+        watched = Watched(browser, server.url)
+        page = watched.page
+        notice, status = page.get_by_role("alert"), page.get_by_role("status")
+
+        def paused() -> None:
+            watched.wait("paused")
+            expect(notice).to_contain_text("has paused the microphone")
+            expect(status).to_contain_text("Microphone paused")
+            expect(page.locator("#sound-text")).to_have_text("Microphone paused")
+
+        def heard() -> None:
+            watched.wait("live")
+            expect(notice).to_be_hidden()
+            expect(status).to_contain_text("Listening")
+            watched.wait_elapsed(watched.elapsed + 0.2)
+
+        watched.press()
+        watched.wait("live")
+        watched.wait_elapsed(1.5)
+        page.evaluate("audio.suspend()")
+        paused()
+        ARTIFACTS.mkdir(exist_ok=True)
+        page.screenshot(path=ARTIFACTS / "paused.png")
+        page.click("h1")
+        heard()
+        page.evaluate("audio.suspend()")
+        paused()
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        heard()
+        # A switch on the device: silence comes, and the track says why.
+        page.evaluate(
+            "Object.defineProperty(track, 'muted', { configurable: true, value: true });"
+            "track.dispatchEvent(new Event('mute'))"
+        )
+        paused()
+        watched.wait_elapsed(watched.elapsed + 0.2)
+        paused()
+        page.evaluate("delete track.muted; track.dispatchEvent(new Event('unmute'))")
+        heard()
+        page.evaluate("audio.suspend()")
+        paused()
+        watched.press()
+        watched.wait("idle")
+        expect(notice).to_be_hidden()
+        shown = watched.finals
+        assert len(watched.ready) == 1
+        assert watched.complaints == []
+    assert server.end() == 0
+    (recorded,) = tmp_path.glob("*.wav")
+    assert shown
+    assert shown == transcribe(recorded)
+
+
+def test_a_microphone_that_falls_silent_for_good(
+    serve: Serve, browse: Browse, transcribe: Transcribe, tmp_path: Path
+) -> None:
+    server = serve("--port", "0", "--record", str(tmp_path))
+    with browse() as browser:
+        watched = Watched(browser, server.url)
+        page = watched.page
+        page.clock.install()
+        watched.press()
+        page.wait_for_selector("#live:not([hidden])")
+        page.evaluate("packets.close()")  # no more, not even the last, and no event that says so
+        watched.wait("paused")
+        expect(page.get_by_role("alert")).to_contain_text("has paused the microphone")
+        page.clock.run_for(29_000)
+        watched.wait("idle")
+        expect(page.get_by_role("alert")).to_contain_text("press Start to go on")
+        assert len(watched.ready) == 1
+        shown = watched.finals
+        assert watched.complaints == []
+    assert server.end() == 0
+    (recorded,) = tmp_path.glob("*.wav")
+    assert shown
+    assert shown == transcribe(recorded)
+
+
+def test_the_screen_stays_on_while_there_is_something_to_hear(serve: Serve, browse: Browse) -> None:
+    server = serve("--port", "0")
+    with browse() as browser:
+        watched = Watched(browser, server.url)
+        page = watched.page
+
+        def held(count: int) -> None:
+            page.wait_for_function(
+                "count => locks.filter((lock) => !lock.released).length === count", arg=count
+            )
+
+        assert page.evaluate("locks.length") == 0
+        watched.press()
+        watched.wait("live")
+        held(1)
+        # What a browser does to a page that is hidden, and to one that comes back.
+        page.evaluate("locks[0].release()")
+        held(0)
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        held(1)
+        watched.wait_elapsed(1)
+        watched.press()
+        watched.wait("idle")
+        held(0)
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        assert page.evaluate("locks.length") == 2
+        # A browser that cannot do it is not asked.
+        page.evaluate("Object.defineProperty(navigator, 'wakeLock', { value: undefined })")
+        watched.press()
+        watched.wait("live")
+        page.wait_for_selector("#live:not([hidden])", state="attached")
+        watched.press()
+        watched.wait("idle")
+        assert watched.complaints == []
+    server.end()
+
+
 def test_without_a_microphone_the_page_says_what_to_do(serve: Serve, browse: Browse) -> None:
     server = serve("--port", "0")
     with browse(microphone=False) as browser:
@@ -325,6 +579,7 @@ def test_keyboard_and_screen_reader(serve: Serve, browse: Browse) -> None:
         page.wait_for_selector("body[data-state=live]")
         expect(page.get_by_role("button", name="Stop")).to_be_focused()
         expect(page.get_by_role("radio", name="160")).to_be_disabled()
+        page.wait_for_timeout(600)  # sooner it would be the second press of a double one
         page.keyboard.press("Space")
         page.wait_for_selector("body[data-state=idle]")
         page.reload()
