@@ -55,6 +55,8 @@ Samples = npt.NDArray[Any]
 KEEP = 60.0
 # Seconds for which a lost session tries to come back.
 RESUME_TIME = 60.0
+# Of ours, for a connection that is given up while its session goes on: 1000 would end the session.
+_WILL_BE_BACK = 4000
 
 
 class UnreachableError(ProtocolError):
@@ -165,7 +167,7 @@ class Session:
                 raise ProtocolError(f"got {type(message).__name__} from {self._url}, not ready")
         except BaseException as exc:
             if connection.state is not State.CLOSED:
-                await connection.close()
+                await connection.close(_WILL_BE_BACK if self.connections else 1000)
             if isinstance(exc, ConnectionClosed):
                 raise _gone(exc) from exc
             if isinstance(exc, TimeoutError):

@@ -7,13 +7,15 @@ all the same refuses more by its own measurement (503 with Retry-After; Ray trie
 the client does).
 
 A rolling update starts new replicas and stops old ones, as scaling down does. Ray lets one that it
-stops finish its requests, for up to ``DRAIN`` seconds, and then kills it. With LOQUENT_SNAPSHOTS, a
-private folder on a disk that all nodes share, sessions that can be resumed do not wait for that:
-they are handed over, also when only their connection is lost, and go on in whatever replica the
-client comes to; without it they can be resumed by luck only. A replica that dies takes its sessions
-with it; its clients get an error and start anew.
+stops finish its requests, for up to LOQUENT_DRAIN_TIMEOUT seconds (120), and then kills it. With
+LOQUENT_SNAPSHOTS, a private folder on a disk that all nodes share, sessions that can be resumed do
+not wait for that: they are handed over, also when only their connection is lost, and go on in
+whatever replica the client comes to; without it they can be resumed by luck only. A replica that
+dies takes its sessions with it; its clients get an error and start anew.
 
-Settings come from the environment: LOQUENT_BUNDLE, LOQUENT_SNAPSHOTS, LOQUENT_STREAMS (sessions a
+Settings come from the environment of the replicas, which on other machines is what Ray was started
+with there, or ``env_vars`` of a ``runtime_env``: what ``loquent serve`` reads (keys and limits are
+each replica's; LOQUENT_MAX_SESSIONS is four times LOQUENT_STREAMS), and LOQUENT_STREAMS (sessions a
 replica is meant to have, 24), LOQUENT_TARGET_LOAD (share of its time that they are to need, 0.6),
 LOQUENT_MAX_LAG (seconds of audio that may wait in a session before a replica more is asked for, 2),
 LOQUENT_MIN_REPLICAS (1), LOQUENT_MAX_REPLICAS (8).
@@ -21,40 +23,24 @@ LOQUENT_MIN_REPLICAS (1), LOQUENT_MAX_REPLICAS (8).
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import time
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingPolicy
 
 from loquent.clients.ray_policy import LagPolicy
+from loquent.clients.serve import create_app, environment
 from loquent.engine.asgi import App
-from loquent.engine.host import ServerConfig
-from loquent.engine.recognizer import Recognizer
 
-# Seconds that a replica which is stopped has for its sessions.
+# Seconds that a replica which is stopped has for its sessions, unless LOQUENT_DRAIN_TIMEOUT says.
 DRAIN = 120.0
 # Seconds between two questions whether a replica is well.
 HEALTH = 1.0
-
-
-def config() -> ServerConfig:
-    """A replica's, from the environment."""
-    snapshots = os.environ.get("LOQUENT_SNAPSHOTS")
-    return ServerConfig(
-        # The proxy of Ray is who connects; where it may be reached from is Ray's business.
-        host="0.0.0.0",
-        max_sessions=4 * streams(),
-        page=files("loquent.clients") / "web",
-        snapshots=Path(snapshots) if snapshots else None,
-        share_parked=bool(snapshots),
-        drain_timeout=DRAIN,
-    )
 
 
 def streams() -> int:
@@ -62,10 +48,15 @@ def streams() -> int:
     return int(os.environ.get("LOQUENT_STREAMS", "24"))
 
 
+def options() -> argparse.Namespace:
+    """A replica's, from the environment. Raises ConfigError, OSError."""
+    return environment(max_sessions=4 * streams(), drain_timeout=DRAIN)
+
+
 @cache
 def application() -> App:
     """This process's application, loaded when it is first asked for."""
-    return App(Recognizer.load(os.environ.get("LOQUENT_BUNDLE", "en")), config())
+    return create_app(options())
 
 
 def ingress() -> App:
@@ -74,10 +65,10 @@ def ingress() -> App:
 
 
 @serve.deployment(
-    max_ongoing_requests=4 * streams(),
+    max_ongoing_requests=options().max_sessions,
     ray_actor_options={"num_cpus": 1},
     health_check_period_s=HEALTH,
-    graceful_shutdown_timeout_s=DRAIN + 10.0,
+    graceful_shutdown_timeout_s=options().drain_timeout + 10.0,
     autoscaling_config={
         "min_replicas": int(os.environ.get("LOQUENT_MIN_REPLICAS", "1")),
         "max_replicas": int(os.environ.get("LOQUENT_MAX_REPLICAS", "8")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -27,6 +28,7 @@ from loquent.clients.options import (
     positive_int,
 )
 from loquent.engine import tls
+from loquent.engine.asgi import App
 from loquent.engine.auth import Keys
 from loquent.engine.errors import ConfigError, LoquentError
 from loquent.engine.limits import Limits
@@ -217,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     options = resolve(parser(), argv, os.environ)
-    logs.set_up(format=options.log_format, level="info" if options.verbose else options.log_level)
+    set_up_logs(options)
     if options.check:
         from loquent.clients.check import check
 
@@ -234,6 +236,11 @@ def main(argv: Sequence[str]) -> int:
         reason = exc.strerror or exc
         return fail(f"cannot listen on {options.host} port {options.port}: {reason}; try --port")
     return 0
+
+
+def set_up_logs(options: argparse.Namespace) -> None:
+    """As --log-format, --log-level and --verbose say."""
+    logs.set_up(format=options.log_format, level="info" if options.verbose else options.log_level)
 
 
 def open_recognizer(options: argparse.Namespace) -> Recognizer:
@@ -287,6 +294,36 @@ def server_config(options: argparse.Namespace) -> ServerConfig:
         idle_timeout=options.idle_timeout,
         drain_timeout=options.drain_timeout,
     )
+
+
+def environment(**defaults: object) -> argparse.Namespace:
+    """The options of a server under ASGI, which has no command line; with `defaults` of its own.
+
+    Raises ConfigError, and OSError if the file that LOQUENT_CONFIG names cannot be read.
+    """
+    known = parser()
+    # Where it is reached from is the ASGI server's business, or a proxy's before it.
+    known.set_defaults(host="0.0.0.0", **defaults)
+    return resolve(known, [], os.environ)
+
+
+def create_app(options: argparse.Namespace | None = None) -> App:
+    """The server as an ASGI application, by default as the `environment` wants it.
+
+    Raises BundleError, ConfigError, MissingExtra, OSError.
+    """
+    options = options or environment()
+    if options.tls_cert or options.tls_key or options.workers > 1:
+        raise ConfigError(
+            "got tls-cert, tls-key or workers, which only `loquent serve` has: sockets and "
+            "processes are the ASGI server's (uvicorn: --ssl-certfile, --ssl-keyfile, --workers)"
+        )
+    if not logging.root.handlers:  # the ASGI server's own configuration comes first
+        set_up_logs(options)
+    # There may be other processes, which take sessions of this one through the folder.
+    share_parked = options.snapshots is not None
+    config = dataclasses.replace(server_config(options), share_parked=share_parked)
+    return App(open_recognizer(options), config)
 
 
 async def _serve(recognizer: Recognizer, config: ServerConfig, options: argparse.Namespace) -> None:

@@ -3,8 +3,9 @@
     uvicorn --factory loquent.engine.asgi:create_app
 
 or under hypercorn, or in a replica of Ray Serve (`loquent.clients.ray_app`). A WebSocket is one
-session here as well, and lives in one process. What belongs to the socket is the ASGI server's:
-TLS, the size of messages (uvicorn: ``--ws-max-size``), and how long it waits at shutdown
+session here as well, and lives in one process. Keys, limits and the rest come from the variables
+that ``loquent serve`` reads. What belongs to the socket is the ASGI server's: address, TLS, the
+size of messages (uvicorn: ``--ws-max-size``), and how long it waits at shutdown
 (``--timeout-graceful-shutdown``).
 """
 
@@ -14,9 +15,9 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from http import HTTPStatus
+from pkgutil import resolve_name
 from typing import Any
 from urllib.parse import quote
 
@@ -26,7 +27,7 @@ from loquent.engine import upload, web
 from loquent.engine.driver import Session
 from loquent.engine.host import Host, Opened, ServerConfig
 from loquent.engine.metrics import CONTENT_TYPE
-from loquent.engine.outlet import Gone
+from loquent.engine.outlet import NO_STATUS, Gone
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.dispatch import is_wire
 from loquent.engine.wire.session import Refused
@@ -40,8 +41,10 @@ SendMessage = Callable[[Message], Awaitable[None]]
 
 
 def create_app() -> App:
-    """The application with the bundle that ``LOQUENT_BUNDLE`` names, ``en`` by default."""
-    return App(Recognizer.load(os.environ.get("LOQUENT_BUNDLE", "en")))
+    """The application as the environment wants it: see ``loquent.clients.serve.create_app``."""
+    # The options are the command's, which stands above the engine: looked up, not imported.
+    app: App = resolve_name("loquent.clients.serve:create_app")()
+    return app
 
 
 class App:
@@ -123,7 +126,7 @@ class App:
         await socket.close(1000, "")
 
     async def _http(self, scope: Scope, receive: Receive, send: SendMessage) -> None:
-        if scope["method"] == "POST":
+        if scope["method"] in ("POST", "OPTIONS"):
             await self._post(scope, receive, send)
             return
         head = scope["method"] == "HEAD"
@@ -194,7 +197,9 @@ class _Socket:
         message = await self._receive()
         if message["type"] == "websocket.disconnect":
             self._over = self._answered = True
-            raise Gone(f"closed by the client ({message.get('code', 1005)})")
+            code = message.get("code", NO_STATUS)
+            # uvicorn has this one for lost connections, too.
+            raise Gone(f"closed ({code})", None if code == NO_STATUS else code)
         text: str | None = message.get("text")
         if text is not None:
             return text

@@ -147,6 +147,14 @@ class Batcher:
         # The worker comes to this after the round that runs, whose results are then given back.
         return await loop.run_in_executor(self._executor, self._recognizer.snapshot, stream)
 
+    async def restore(self, data: bytes) -> Stream:
+        """A stream that was written down, between two rounds: it gets a row in the encoder's pool.
+
+        Raises SnapshotError.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._recognizer.restore, data)
+
     def wake(self) -> None:
         """Something has arrived or been fetched: look at the lanes again."""
         self._wake.set()

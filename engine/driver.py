@@ -48,12 +48,14 @@ from loquent.engine.protocol import (
     Finalize,
     Ready,
     Resume,
+    SetEndpoint,
     SetHotwords,
     Standing,
     WireError,
     as_wire_error,
 )
 from loquent.engine.recorder import Recorder
+from loquent.engine.stream import Stream
 from loquent.engine.wire.native import NativeSession
 from loquent.engine.wire.session import Actions, Close, Mark, Open, Send, WireSession
 
@@ -82,7 +84,7 @@ class Session:
         self._meter = Meter(self._config.limits, time.monotonic())
         self._heard = 0.0  # seconds of audio in the messages since the meter looked
         self._sample_rate = 1
-        self._spoken = False  # the client, at least once
+        self._spoken = False  # the client, at least once, or its protocol has us begin
         self._overdue = False  # the session has lasted as long as it may
         self._close_with: Close | None = None
         # Of a session that can be resumed: the secret that stands for it, whoever has just come
@@ -144,13 +146,14 @@ class Session:
             await self.fail(WireError("busy", "this session is not free yet", retry_after=1))
 
     @classmethod
-    def restored(cls, host: Host, token: str, handed: Handed) -> Session:
+    def restored(cls, host: Host, token: str, handed: Handed, stream: Stream) -> Session:
         """A session that another server has written down; `run` waits for its client.
+
+        `stream`: what `handed` says of it, restored.
 
         Raises:
             SnapshotError: it is not one.
         """
-        stream = host.recognizer.restore(handed.stream)
         try:
             wire = NativeSession.thaw(handed.wire)
         except (KeyError, TypeError, ValueError) as exc:
@@ -218,6 +221,8 @@ class Session:
             return await self._serve(arrival)
         except Gone as exc:
             self._log.info("client gone (%s)", exc)
+            if exc.left:
+                self._host.forget(self)  # so that nobody waits for it
         except UnreadError:
             self._log.info("client does not read; cut off")
             await self._outlet.cut()
@@ -289,7 +294,9 @@ class Session:
     async def _serve(self, arrival: _Arrival | None) -> bool:
         try:
             if arrival is None:
-                await self._perform(self._wire.connected())
+                greeting = self._wire.connected()
+                self._spoken = any(isinstance(action, Send) for action in greeting)
+                await self._perform(greeting)
             else:
                 await self._resume(arrival.seq)
             self._reader = asyncio.create_task(self._read())
@@ -373,7 +380,8 @@ class Session:
             async with asyncio.timeout(None if self._wire.draining else self._patience):
                 message = await self._outlet.socket.receive()
             self._spoken = True
-            self._meter.message(len(message), time.monotonic())
+            text = isinstance(message, str)
+            self._meter.message(len(message), time.monotonic(), text=text)
             actions = self._wire.receive(message)
             if any(isinstance(action, Open) for action in actions):
                 # A server that stops would leave a session behind that has begun and has no lane.
@@ -383,6 +391,8 @@ class Session:
             heard, self._heard = self._heard, 0.0
             if heard and (wait := self._meter.audio(heard, time.monotonic())):
                 await asyncio.sleep(wait)
+            elif text:  # may take milliseconds, and where more are here `receive` does not wait
+                await asyncio.sleep(0)
 
     async def _perform(self, actions: Actions) -> None:
         """Do what the protocol wants; messages go out first, in the order they were made in."""
@@ -410,11 +420,15 @@ class Session:
                     await self._lane.finalize()
                 case SetHotwords(hotwords=hotwords):
                     assert self._lane is not None, "protocols start before they change hotwords"
-                    # A long list takes some time to build, and the worker then has it at hand.
-                    await asyncio.to_thread(self._host.recognizer.hotwords, hotwords)
-                    await self._lane.set_hotwords(hotwords)
+                    graph = await self._host.hotwords.build(hotwords, self.visitor)
+                    await self._lane.set_hotwords(graph)
+                case SetEndpoint(endpoint=endpoint):
+                    assert self._lane is not None, "protocols start before they change rules"
+                    await self._lane.set_endpoint(endpoint)
+                case End() if self._lane is None:  # we stop while the session is still being opened
+                    reason = "the server restarts; connect again"
+                    self._close_with = Close(code=SERVICE_RESTART, reason=reason)
                 case End():
-                    assert self._lane is not None, "protocols start before they end"
                     self._lane.finish()
                 case Close():
                     self._close_with = action
@@ -422,8 +436,7 @@ class Session:
     async def _start(self, action: Open) -> None:
         start = action.start
         recognizer = self._host.recognizer
-        if start.hotwords:
-            await asyncio.to_thread(recognizer.hotwords, start.hotwords)
+        graph = await self._host.hotwords.build(start.hotwords or (), self.visitor)
         stream = recognizer.stream(
             sample_rate=start.sample_rate,
             chunk_ms=start.chunk_ms if start.chunk_ms is not None else self._config.chunk_ms,
@@ -436,7 +449,7 @@ class Session:
             lm_weight=start.lm_weight,
             vad=start.vad,
             finish=bool(start.finish),
-            hotwords=start.hotwords or (),
+            hotwords=graph or (),
             stability=start.stability or 0.0,
         )
         if self._config.record is not None:

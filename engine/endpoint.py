@@ -109,6 +109,12 @@ class Endpointer:
         """Whether the segment has speech."""
         return self._first is not None
 
+    def ruled(self, rules: EndpointRules | None, frame_seconds: float) -> Endpointer:
+        """Where this one stands, with other rules."""
+        other = Endpointer(rules, frame_seconds, self.voice)
+        other._first, other._last = self._first, self._last
+        return other
+
     def accept(self, frame: Frame) -> Reason | None:
         """``endpoint`` or ``limit`` if a segment should end with this frame.
 

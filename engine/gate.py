@@ -16,7 +16,6 @@ from http import HTTPStatus
 from loquent.engine import web
 from loquent.engine.auth import Keys
 from loquent.engine.limits import Limits, Seats
-from loquent.engine.protocol import WireError
 from loquent.engine.wire.session import Handshake, Refused
 
 
@@ -76,32 +75,47 @@ class Gate:
         return forwarded.rpartition(",")[2].strip()
 
     def admit(self, peer: str, handshake: Handshake, *, seated: bool = False) -> Visitor:
-        """Look at a request for a session, or for one that has its seat already (`seated`).
+        """Look at a request for a session.
+
+        `seated`: nobody asks for its seat now, as it has one already or is told later that there is
+        none: see `full`.
 
         Raises Refused with 403, 401 or 429.
         """
+        if not self.origin_allowed(peer, handshake):
+            raise Refused(
+                HTTPStatus.FORBIDDEN,
+                f"Pages from {handshake.headers.get('origin')} may not connect; start the server "
+                "with --allow-origin.",
+            )
+        visitor = Visitor(address=self.address_of(peer, handshake), key=self._identify(handshake))
+        if not seated:
+            self.check(visitor)
+        return visitor
+
+    def origin_allowed(self, peer: str, handshake: Handshake) -> bool:
+        """Whether a page that sends this request may do so; true of what is no page."""
         origin, host = handshake.headers.get("origin"), handshake.headers.get("host")
         if self._local and peer not in self._proxies and not web.is_loopback(web.host_name(host)):
             host = None
-        if not web.origin_allowed(origin, host, self._allow_origins):
-            raise Refused(
-                HTTPStatus.FORBIDDEN,
-                f"Pages from {origin} may not connect; start the server with --allow-origin.",
-            )
-        visitor = Visitor(address=self.address_of(peer, handshake), key=self._identify(handshake))
-        if not seated and (why := self._full(visitor)):
+        return web.origin_allowed(origin, host, self._allow_origins)
+
+    def check(self, visitor: Visitor) -> None:
+        """Raises Refused with 429 where the visitor has no free seat."""
+        if why := self.full(visitor):
             raise Refused(HTTPStatus.TOO_MANY_REQUESTS, why, {"Retry-After": "10"})
-        return visitor
+
+    def full(self, visitor: Visitor) -> str | None:
+        """Why there is no seat for one more session of the visitor's, None if there is."""
+        if visitor.key is not None and not self._by_key.free(visitor.key):
+            return f"The key {visitor.key} has all the sessions open that it may have; try later."
+        if visitor.household is not None and not self._by_address.free(visitor.household):
+            return "Your address has all the sessions open that it may have; try later."
+        return None
 
     @contextlib.contextmanager
-    def seat(self, visitor: Visitor, *, seated: bool = False) -> Iterator[None]:
-        """Count the visitor's session for as long as the block runs.
-
-        Raises WireError, but for one that had its seat in another server (`seated`).
-        """
-        # One that was free at the request may have been taken since.
-        if not seated and (why := self._full(visitor)):
-            raise WireError("busy", why)
+    def seat(self, visitor: Visitor) -> Iterator[None]:
+        """Count the visitor's session for as long as the block runs."""
         with contextlib.ExitStack() as stack:
             if visitor.key is not None:
                 stack.enter_context(self._by_key.seat(visitor.key))
@@ -121,13 +135,6 @@ class Gate:
                 headers["dg-error"] = message
             raise Refused(HTTPStatus.UNAUTHORIZED, message, headers)
         return name
-
-    def _full(self, visitor: Visitor) -> str | None:
-        if visitor.key is not None and not self._by_key.free(visitor.key):
-            return f"The key {visitor.key} has all the sessions open that it may have; try later."
-        if visitor.household is not None and not self._by_address.free(visitor.household):
-            return "Your address has all the sessions open that it may have; try later."
-        return None
 
 
 def _parse(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -10,16 +10,17 @@ import logging
 import secrets
 import ssl
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from http import HTTPStatus
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loquent.engine import memory, web
 from loquent.engine.admission import Line
 from loquent.engine.auth import Keys, same_key
 from loquent.engine.batcher import MAX_BATCH, Batcher
+from loquent.engine.builder import HotwordBuilder
 from loquent.engine.errors import SnapshotError
 from loquent.engine.finish import has_finisher
 from loquent.engine.gate import Gate, Visitor
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from loquent.engine.driver import Session
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Seconds after which a client that got no place may ask again.
 RETRY_AFTER = 5
@@ -123,6 +126,7 @@ class Host:
             chunk_ms=self.config.chunk_ms if self.config.max_load else None,
             observer=self.metrics,
         )
+        self.hotwords = HotwordBuilder(recognizer, self.config.limits)
         self._line = Line(
             self._full, length=self.config.max_waiting, patience=self.config.wait_timeout
         )
@@ -133,13 +137,14 @@ class Host:
             trusted_proxies=self.config.trusted_proxies,
             local=web.is_loopback(self.config.host),
         )
-        self._finishes = any(has_finisher(code) for code in list(recognizer.bundle.languages)[:1])
+        # There is a finisher for the language.
+        self.finishes = any(has_finisher(code) for code in list(recognizer.bundle.languages)[:1])
         self.sessions: set[Session] = set()
         self._by_token: dict[str, Session] = {}
         # Connections that come to resume and have no place of their own, by the names of their
         # sessions; None before these run.
         self._arriving: dict[str, Session | None] = {}
-        self._restored: set[asyncio.Task[None]] = set()
+        self._restored: set[asyncio.Task[Any]] = set()
         self.folder = Folder(self.config.snapshots) if self.config.snapshots else None
         self.files = 0  # that are being transcribed
         self.draining = False
@@ -153,7 +158,7 @@ class Host:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._restored:
+        while self._restored:
             await asyncio.wait(self._restored)
         for task in self._watching:
             task.cancel()
@@ -179,7 +184,8 @@ class Host:
             raise
 
     def _open(self, peer: str, handshake: Handshake) -> Opened:
-        visitor = self._gate.admit(peer, handshake, seated=returns(handshake))
+        page = "origin" in handshake.headers
+        visitor = self._gate.admit(peer, handshake, seated=page or returns(handshake))
         bundle = self.recognizer.bundle
         context = Context(
             session=secrets.token_hex(8),
@@ -187,7 +193,7 @@ class Host:
             languages=bundle.languages,
             chunks_ms=bundle.chunks_ms,
             now=time.time(),
-            finishes=self._finishes,
+            finishes=self.finishes,
             spells=self.recognizer.can_spell,
         )
         wire = open_session(handshake, context, bare=self.config.bare)
@@ -195,7 +201,7 @@ class Host:
             session=context.session,
             wire=wire,
             visitor=visitor,
-            page="origin" in handshake.headers,
+            page=page,
         )
 
     async def find(self, token: str, arrival: Session) -> Session:
@@ -205,7 +211,8 @@ class Host:
         """
         session = self._by_token.get(token)
         if session is None and self.folder is not None:
-            session = await self._restore(token, self.folder)
+            # Not to be cut short by a stop: what is out of the folder is nowhere else.
+            session = await asyncio.shield(self._keep(self._restore(token, self.folder)))
         # Whoever came with a key has to come back with it.
         if session is None or session.visitor.key != arrival.visitor.key:
             raise WireError("gone", "this session is over or was not kept; start a new one")
@@ -234,20 +241,28 @@ class Host:
             await asyncio.to_thread(folder.unwant, token)
             if handed is None:
                 return None
-            session = Session.restored(self, token, handed)
+            stream = await self.batcher.restore(handed.stream)
+            session = Session.restored(self, token, handed, stream)
         except (SnapshotError, OSError) as exc:
             logger.error("a session could not be taken over: %s", exc)
             return None
         self._by_token[token] = session
         self.sessions.add(session)
-        task = asyncio.create_task(self._run_restored(session), name="loquent-restored")
+        self._keep(self._run_restored(session))
+        return session
+
+    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """As a task that a stop waits for."""
+        task = asyncio.create_task(work, name="loquent-restored")
         self._restored.add(task)
         task.add_done_callback(self._restored.discard)
-        return session
+        return task
 
     async def _run_restored(self, session: Session) -> None:
         try:
-            with self._gate.seat(session.visitor, seated=True):
+            with self._gate.seat(session.visitor):
+                if self.draining:
+                    session.stop()
                 await session.run()
         finally:
             self.sessions.discard(session)
@@ -255,8 +270,9 @@ class Host:
     async def admit(self, opened: Opened) -> None:
         """Wait for a place. Raises Refused with 503.
 
-        A page cannot see why a WebSocket was refused, so it is let in to be told, by `run`. Who
-        comes to resume is let in without one: the session has its own.
+        A page cannot see why a WebSocket was refused, so it is let in to be told, by `run`, also
+        where its key or its address has no seat. Who comes to resume is let in without a place: the
+        session has its own.
         """
         if (
             opened.wire.returning
@@ -264,6 +280,8 @@ class Host:
             and len(self._arriving) < self.config.max_parked
         ):
             self._arriving[opened.session] = None
+            return
+        if opened.page and self._gate.full(opened.visitor):
             return
         why = await self._line.enter(opened.session)
         if why is not None and not opened.page:
@@ -306,7 +324,9 @@ class Host:
         await session.bequeath()
 
     async def _run_placed(self, session: Session) -> None:
-        if (why := self._line.take(session.id)) is not None:
+        why = self._line.take(session.id)
+        # The seat that was free at the request may have been taken since.
+        if why := self._gate.full(session.visitor) or why:
             await session.fail(WireError("busy", why, retry_after=RETRY_AFTER))
             return
         self.sessions.add(session)
@@ -315,8 +335,6 @@ class Host:
                 if self.draining:
                     session.stop()
                 await session.run()
-        except WireError as busy:
-            await session.fail(busy)
         finally:
             self.sessions.discard(session)
 
@@ -332,6 +350,7 @@ class Host:
             if why is not None:
                 retry = {"Retry-After": str(RETRY_AFTER)}
                 raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, why, retry)
+            self._gate.check(visitor)  # the seat may have been taken since
         except Refused as refused:
             self.metrics.refuse(refused.status)
             raise
@@ -341,6 +360,11 @@ class Host:
                 yield
             finally:
                 self.files -= 1
+
+    def page_of(self, peer: str, headers: Mapping[str, str]) -> str | None:
+        """The origin of the page that sends a request, if it is one that may read the answer."""
+        allowed = self._gate.origin_allowed(peer, Handshake(path="/", headers=headers))
+        return headers.get("origin") if allowed else None
 
     @property
     def connected(self) -> int:

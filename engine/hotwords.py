@@ -12,8 +12,11 @@ score differs by nothing. Phrases begin and end between words: "cat" pays nothin
 from __future__ import annotations
 
 import math
+import threading
 import unicodedata
-from collections.abc import Iterable, Sequence, Set
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,12 +32,16 @@ DEFAULT_BOOST = 0.4
 MAX_BOOST = 10.0
 MAX_PHRASES = 5000
 MAX_CHARACTERS = 100
+MAX_TOTAL = 100_000  # characters of a list: five thousand names have fifteen each
 # Where nothing can be taken back a bias has to win at once, so it counts for more, and of that
 # a phrase's first token gets a part (measured: with 1.5 a subword 19 % of rare words instead of
 # 12 %, and 0.2 points of WER lost where there are none; with 3 it is 27 %, and 1.8 points).
 GREEDY = np.float32(3.75)
 FIRST = np.float32(0.3)
 _MEMORY = 2048  # states whose bias is kept; a kilobyte or two each
+# Lists whose automata are kept for the next session with them, and the characters of these lists.
+_LISTS, _KEPT = 16, 250_000
+_START = ord(WORD_START)
 # What normalising may drop without changing how a phrase is said.
 _SILENT = frozenset(".,;:!?…\"“”„«»()[]¿¡-‐‑–—_/'’‘ʼ`")
 
@@ -95,6 +102,26 @@ class HotwordState(NamedTuple):
     safe: float
 
 
+def check_size(hotwords: Sequence[Hotword]) -> None:
+    """Raises ConfigError: too many phrases, or too long ones for so many."""
+    if len(hotwords) > MAX_PHRASES:
+        raise ConfigError(
+            f"got {len(hotwords)} hotwords, expected at most {MAX_PHRASES}; leave out those that "
+            "the model knows anyway"
+        )
+    total = characters(hotwords)
+    if total > MAX_TOTAL:
+        raise ConfigError(
+            f"got {len(hotwords)} hotwords of {total} characters together, expected at most "
+            f"{MAX_TOTAL}; give names and terms, and leave out those that the model knows anyway"
+        )
+
+
+def characters(hotwords: Iterable[Hotword]) -> int:
+    """Of all phrases together: what an automaton costs to build and to keep."""
+    return sum(len(hotword.phrase) for hotword in hotwords)
+
+
 def _crowd(phrases: int) -> float:
     """What a boost is multiplied by in a list of so many phrases.
 
@@ -102,6 +129,43 @@ def _crowd(phrases: int) -> float:
     one: full boosts up to a hundred, three quarters at a thousand (measured by ``loquent words``).
     """
     return 1.0 / (1.0 + max(0.0, math.log10(max(1, phrases) / 100)) / 3)
+
+
+class _Trie:
+    """Strings of code points, by nodes; the root is 0, which is no node's child.
+
+    Nearly all nodes have one child. It is kept in two arrays, of 4 bytes a node each, as a dict for
+    every node would take ten times as much as all else.
+    """
+
+    def __init__(self) -> None:
+        self._letter = array("I", [0])  # that leads to the first child ...
+        self._child = array("I", [0])  # ... and the child; 0 for none
+        self._more: dict[int, dict[int, int]] = {}  # the other children
+
+    def child(self, node: int, letter: int) -> int:
+        """Where a letter leads to, 0 if nowhere."""
+        if self._letter[node] == letter:
+            return self._child[node]
+        more = self._more.get(node)
+        return more.get(letter, 0) if more else 0
+
+    def children(self, node: int) -> list[tuple[int, int]]:
+        """Every letter that leads on, and where to."""
+        if not self._child[node]:
+            return []
+        return [(self._letter[node], self._child[node]), *self._more.get(node, {}).items()]
+
+    def grow(self, node: int, letter: int) -> int:
+        """A new child."""
+        new = len(self._child)
+        if self._child[node]:
+            self._more.setdefault(node, {})[letter] = new
+        else:
+            self._letter[node], self._child[node] = letter, new
+        self._letter.append(0)
+        self._child.append(0)
+        return new
 
 
 class HotwordGraph:
@@ -114,7 +178,7 @@ class HotwordGraph:
 
     Attributes:
         hotwords: as given.
-        words, beginnings: the phrases' words as the model writes them, and all they begin with.
+        words: the phrases' words as the model writes them.
         start: the state in which nothing of a phrase was said.
 
     Raises:
@@ -125,31 +189,27 @@ class HotwordGraph:
 
     def __init__(self, hotwords: Iterable[Hotword], pieces: Sequence[str], blank: int) -> None:
         self.hotwords = tuple(hotwords)
-        if len(self.hotwords) > MAX_PHRASES:
-            raise ConfigError(
-                f"got {len(self.hotwords)} hotwords, expected at most {MAX_PHRASES}; leave out "
-                "those that the model knows anyway"
-            )
-        self._texts = spoken_texts(pieces, blank)
-        self._starts = np.array([text.startswith(WORD_START) for text in self._texts])
-        self._spoken = np.array([bool(text) for text in self._texts])
-        self._by_character: dict[str, list[int]] = {}
+        check_size(self.hotwords)
+        vocabulary = Vocabulary(pieces, blank)
+        self._texts = [tuple(map(ord, text)) for text in vocabulary.texts]
+        self._starts = np.array([text.startswith(WORD_START) for text in vocabulary.texts])
+        self._spoken = np.array([bool(text) for text in vocabulary.texts])
+        self._by_letter: dict[int, list[int]] = {}
         for token, text in enumerate(self._texts):
             if text:
-                self._by_character.setdefault(text[0], []).append(token)
-        self._next: list[dict[str, int]] = [{}]
-        self._held = [0.0]  # paid in advance on the way to a node
-        self._total = [0.0]  # what a phrase that ends there is worth
-        self._fail = [0]
-        texts = set(self._texts) - {""}
+                self._by_letter.setdefault(text[0], []).append(token)
+        self._trie = _Trie()
+        self._held = array("d", [0.0])  # paid in advance on the way to a node
+        self._total = array("d", [0.0])  # what a phrase that ends there is worth
+        self._fail = array("I", [0])
         words: set[str] = set()
         crowd = _crowd(len(self.hotwords))
         for hotword in self.hotwords:
-            spelling, count = spell(hotword.phrase, texts)
+            spelling, count = vocabulary.spell(hotword.phrase)
             words.update(spelling.split(WORD_START)[1:])
             self._add(spelling, crowd * hotword.boost * count / len(spelling))
         self.words = frozenset(words)
-        self.beginnings = frozenset(w[:end] for w in words for end in range(1, len(w) + 1))
+        self._sorted = sorted(words)
         self._link()
         self._memo: dict[HotwordState, Float32] = {}
         self._leans: dict[HotwordState, Float32] = {}
@@ -158,17 +218,22 @@ class HotwordGraph:
             self._root[token] = self.step(self.start, token)[0]
         self._memo[self.start] = self._root
 
+    def begins(self, prefix: str) -> bool:
+        """Whether one of the words begins like this."""
+        at = bisect_left(self._sorted, prefix)
+        return at < len(self._sorted) and self._sorted[at].startswith(prefix)
+
     def step(self, state: HotwordState, token: int) -> tuple[float, HotwordState]:
         """What saying ``token`` next is worth, and the state after it. Blank is for nothing."""
         node, safe = state
         before = max(self._held[node], safe)
         gained = 0.0
-        for character in self._texts[token]:
-            if character == WORD_START:
+        for letter in self._texts[token]:
+            if letter == _START:
                 safe = max(safe, self._total[node])
-            after = self._next[node].get(character)
-            if after is None:
-                node, after = self._leave(node, character)
+            after = self._trie.child(node, letter)
+            if not after:
+                node, after = self._leave(node, letter)
                 if not node:
                     # The phrase before has nothing in common with what begins here, if anything.
                     gained += safe
@@ -210,29 +275,27 @@ class HotwordGraph:
         bias = np.where(self._starts, self._root + np.float32(kept), np.float32(safe - before))
         bias[~self._spoken] = 0.0
         while node:
-            for character in self._next[node]:
-                for token in self._by_character.get(character, ()):
+            for letter, _ in self._trie.children(node):
+                for token in self._by_letter.get(letter, ()):
                     bias[token] = self.step(state, token)[0]
             node = self._fail[node]
         return bias
 
-    def _leave(self, node: int, character: str) -> tuple[int, int]:
-        """The longest end of what was spelled that goes on with ``character``, and where to."""
+    def _leave(self, node: int, letter: int) -> tuple[int, int]:
+        """The longest end of what was spelled that goes on with ``letter``, and where to."""
         while node:
             node = self._fail[node]
-            after = self._next[node].get(character)
-            if after is not None:
+            after = self._trie.child(node, letter)
+            if after:
                 return node, after
         return 0, 0
 
     def _add(self, spelling: str, credit: float) -> None:
         node = 0
-        for depth, character in enumerate(spelling, 1):
-            after = self._next[node].get(character)
-            if after is None:
-                after = len(self._next)
-                self._next[node][character] = after
-                self._next.append({})
+        for depth, letter in enumerate(map(ord, spelling), 1):
+            after = self._trie.child(node, letter)
+            if not after:
+                after = self._trie.grow(node, letter)
                 self._held.append(0.0)
                 self._total.append(0.0)
                 self._fail.append(0)
@@ -242,12 +305,12 @@ class HotwordGraph:
 
     def _link(self) -> None:
         """Failure links, by depth; a node is worth no less than the ends of what it spells."""
-        level = list(self._next[0].values())
+        level = [after for _, after in self._trie.children(0)]
         while level:
             below = []
             for node in level:
-                for character, after in self._next[node].items():
-                    _, fail = self._leave(node, character)
+                for letter, after in self._trie.children(node):
+                    _, fail = self._leave(node, letter)
                     self._fail[after] = fail
                     self._total[after] = max(self._total[after], self._total[fail])
                     self._held[after] = max(self._held[after], self._held[fail])
@@ -255,52 +318,114 @@ class HotwordGraph:
             level = below
 
 
-def spoken_texts(pieces: Sequence[str], blank: int) -> list[str]:
-    """What each piece says of a phrase: byte pieces and control symbols nothing."""
-    return [
-        "" if i == blank or (p.startswith("<") and p.endswith(">")) else p.lower()
-        for i, p in enumerate(pieces)
-    ]
+Hotwords = Sequence[Hotword] | HotwordGraph
+"""A list, or what was made of one."""
 
 
-def spell(phrase: str, texts: Set[str]) -> tuple[str, int]:
-    """A phrase as pieces write it, and the least number of pieces that it takes.
+class HotwordCache:
+    """The automata of the lists that came last: sessions with the same list share one.
 
-    Raises:
-        ConfigError: these pieces cannot.
+    For any thread. One is built at a time, whoever asks.
+
+    Args:
+        pieces, blank: see `HotwordGraph`.
     """
-    wrong = next(
-        (
-            c
-            for c in phrase
-            if not (c.isspace() or c in _SILENT or unicodedata.category(c)[0] in "LMN")
-        ),
-        None,
-    )
-    words = normalise(phrase).split()
-    spelling = "".join(WORD_START + word for word in words)
-    if wrong is None and (count := _pieces(spelling, texts)):
-        return spelling, count
-    known = set("".join(texts))
-    wrong = wrong or next((c for c in spelling if c not in known), None)
-    what = f"the character {wrong!r}" if wrong else "these characters together"
-    raise ConfigError(
-        f"got the hotword {phrase!r}, but this model cannot spell {what}; write it as "
-        "it is said, with the letters of the model's language"
-    )
+
+    def __init__(self, pieces: Sequence[str], blank: int) -> None:
+        self._pieces, self._blank = pieces, blank
+        self._graphs: dict[tuple[Hotword, ...], HotwordGraph] = {}  # the last ones last
+        self._building = threading.Lock()
+        self._looking = threading.Lock()
+
+    def find(self, hotwords: tuple[Hotword, ...]) -> HotwordGraph | None:
+        """The automaton of a list, if it is kept."""
+        with self._looking:
+            graph = self._graphs.pop(hotwords, None)
+            if graph is not None:
+                self._graphs[hotwords] = graph
+        return graph
+
+    def get(self, hotwords: tuple[Hotword, ...]) -> HotwordGraph:
+        """The automaton of a list, built if need be. Raises ConfigError, see `HotwordGraph`."""
+        with self._building:
+            graph = self.find(hotwords)
+            if graph is None:
+                graph = HotwordGraph(hotwords, self._pieces, self._blank)
+                self._keep(hotwords, graph)
+        return graph
+
+    def _keep(self, hotwords: tuple[Hotword, ...], graph: HotwordGraph) -> None:
+        with self._looking:
+            self._graphs[hotwords] = graph
+            while len(self._graphs) > _LISTS or sum(map(characters, self._graphs)) > _KEPT:
+                del self._graphs[next(iter(self._graphs))]
 
 
-def _pieces(spelling: str, texts: Set[str]) -> int:
-    """The least number of pieces that spell it, 0 if none do."""
-    longest = max(map(len, texts), default=0)
-    least: list[float] = [0.0] + [math.inf] * len(spelling)
-    for end in range(1, len(spelling) + 1):
-        least[end] = min(
-            (
-                least[at] + 1
-                for at in range(max(0, end - longest), end)
-                if spelling[at:end] in texts
-            ),
-            default=math.inf,
+class Vocabulary:
+    """What a model's pieces can write.
+
+    Args:
+        pieces, blank: see `HotwordGraph`.
+
+    Attributes:
+        texts: what each piece says of a phrase: byte pieces and control symbols nothing.
+    """
+
+    def __init__(self, pieces: Sequence[str], blank: int) -> None:
+        self.texts = [
+            "" if i == blank or (p.startswith("<") and p.endswith(">")) else p.lower()
+            for i, p in enumerate(pieces)
+        ]
+        self._known = frozenset(self.texts) - {""}
+        self._letters = frozenset(text for text in self._known if len(text) == 1)
+        self._longest = max(map(len, self._known), default=0)
+
+    def can_spell(self, phrase: str) -> bool:
+        """Whether `spell` takes it; much faster where every letter has a piece of its own."""
+        spelling = _spelling(phrase)
+        if _wrong(phrase) is not None or not spelling:
+            return False
+        return self._letters.issuperset(spelling) or self._count(spelling) > 0
+
+    def spell(self, phrase: str) -> tuple[str, int]:
+        """A phrase as pieces write it, and the least number of pieces that it takes.
+
+        Raises:
+            ConfigError: these pieces cannot.
+        """
+        wrong = _wrong(phrase)
+        spelling = _spelling(phrase)
+        if wrong is None and (count := self._count(spelling)):
+            return spelling, count
+        known = set("".join(self._known))
+        wrong = wrong or next((c for c in spelling if c not in known), None)
+        what = f"the character {wrong!r}" if wrong else "these characters together"
+        raise ConfigError(
+            f"got the hotword {phrase!r}, but this model cannot spell {what}; write it as "
+            "it is said, with the letters of the model's language"
         )
-    return int(least[-1]) if math.isfinite(least[-1]) else 0
+
+    def _count(self, spelling: str) -> int:
+        """The least number of pieces that spell it, 0 if none do."""
+        known, longest = self._known, self._longest
+        none = len(spelling) + 1
+        least = [0]
+        for end in range(1, none):
+            fewest = none
+            for at in range(max(0, end - longest), end):
+                if least[at] < fewest and spelling[at:end] in known:
+                    fewest = least[at] + 1
+            least.append(fewest)
+        return least[-1] % none
+
+
+def _spelling(phrase: str) -> str:
+    return "".join(WORD_START + word for word in normalise(phrase).split())
+
+
+def _wrong(phrase: str) -> str | None:
+    """The first character that is no part of a word and cannot be left out either."""
+    for c in dict.fromkeys(phrase):
+        if not (c.isspace() or c in _SILENT or unicodedata.category(c)[0] in "LMN"):
+            return c
+    return None

@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import BufferFull
 from loquent.engine.events import Event, Partial
-from loquent.engine.hotwords import Hotword
-from loquent.engine.protocol import Finalize, Pcm, Progress, SetHotwords
+from loquent.engine.hotwords import HotwordGraph
+from loquent.engine.protocol import Finalize, Pcm, Progress, SetEndpoint
 from loquent.engine.stream import Stream, as_float32
 
 if TYPE_CHECKING:
@@ -48,8 +49,17 @@ class Beat(Marked):
 _MARK = Marked()
 _BEAT = Beat()
 Update = tuple[Event | Marked, Progress]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Expect:
+    """Other hotwords, built already: the worker has to serve everybody."""
+
+    graph: HotwordGraph | None
+
+
 # What waits for the worker, in order: audio, and marks and calls of `finalize` in between.
-Inbox = deque[Pcm | Marked | Finalize | SetHotwords]
+Inbox = deque[Pcm | Marked | Finalize | _Expect | SetEndpoint]
 
 
 class Lane:
@@ -117,13 +127,23 @@ class Lane:
         self.finalizes += 1
         self._batcher.wake()
 
-    async def set_hotwords(self, hotwords: Sequence[Hotword]) -> None:
+    async def set_hotwords(self, graph: HotwordGraph | None) -> None:
         """Other hotwords once the audio before is in the stream, see `Stream.set_hotwords`.
 
         Waits and raises as `feed` does.
         """
         await self._enter()
-        self._inbox.append(SetHotwords(hotwords=tuple(hotwords)))
+        self._inbox.append(_Expect(graph))
+        self._orders += 1
+        self._batcher.wake()
+
+    async def set_endpoint(self, rules: EndpointRules | None) -> None:
+        """Other rules from the next chunk on, once the chunks before are recognised.
+
+        Waits and raises as `feed` does.
+        """
+        await self._enter()
+        self._inbox.append(SetEndpoint(endpoint=rules))
         self._orders += 1
         self._batcher.wake()
 
@@ -341,10 +361,13 @@ class Job:
         try:
             while self.pieces:
                 piece = self.pieces[0]
+                if isinstance(piece, Marked | SetEndpoint) and self.stream.ready:
+                    break  # what it says of the audio before comes first
                 if isinstance(piece, Marked):
-                    if self.stream.ready:
-                        break  # what it said before the mark comes first
                     self.updates.append((piece, self._progress(self.stream.received)))
+                    self.obeyed += 1
+                elif isinstance(piece, SetEndpoint):
+                    self.stream.set_endpoint(piece.endpoint)
                     self.obeyed += 1
                 elif not self.stream.wants_audio:
                     break
@@ -352,8 +375,8 @@ class Job:
                     self.stream.finalize()
                     self.finalized += 1
                     self.obeyed += 1
-                elif isinstance(piece, SetHotwords):
-                    self.stream.set_hotwords(piece.hotwords)
+                elif isinstance(piece, _Expect):
+                    self.stream.set_hotwords(piece.graph or ())
                     self.obeyed += 1
                 else:
                     self.stream.accept(piece)

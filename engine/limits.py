@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,11 +20,12 @@ class Limits:
         sessions_per_address: at a time, of one IPv4 address or IPv6 /64. This machine's own
             addresses have no limit.
         session_seconds: how long a session may last.
-        start_timeout: from the connection to the first message.
+        start_timeout: from the connection to the first message, where the client speaks first.
         max_speed: audio is read at most this many times faster than it was spoken, once the first
             `BURST_AUDIO` seconds are in; a client that sends faster has to wait.
         messages_per_second: what a session may send beside `MESSAGES_PER_AUDIO` messages for each
-            second of audio, with `BURST_MESSAGES` to begin with.
+            second of audio, with `BURST_MESSAGES` to begin with. A long text counts for several.
+            Without this limit there is none for hotwords either.
         file_seconds: audio in an uploaded file, which may be far longer than its bytes suggest.
     """
 
@@ -44,6 +46,14 @@ BURST_MESSAGES = 2000.0
 BYTES_PER_AUDIO = 4e6
 BYTES_PER_SECOND = 1e6
 BURST_BYTES = 32e6
+# Text that is no audio takes a hundred times as long to read.
+TEXT_PER_MESSAGE = 1000.0
+# Characters of hotwords, which take a few microseconds each to build: those of all sessions that
+# one client has, and has had. Every list counts for some more, and one that is at hand for no more.
+HOTWORDS_PER_SECOND = 20e3
+BURST_HOTWORDS = 1e6
+A_LIST = 1000.0
+MAX_WAIT = 10.0
 
 
 class Bucket:
@@ -66,6 +76,10 @@ class Bucket:
         self._level -= tokens
         return max(0.0, -self._level / self._rate)
 
+    def full(self, now: float) -> bool:
+        """Whether it is as if nothing had ever been taken."""
+        return self._level + (now - self._now) * self._rate >= self._capacity
+
 
 class Meter:
     """What one session sends. Audio that comes too fast waits; floods of messages are refused."""
@@ -76,9 +90,10 @@ class Meter:
         self._messages = Bucket(messages, BURST_MESSAGES, now) if messages else None
         self._bytes = Bucket(BYTES_PER_SECOND, BURST_BYTES, now) if messages else None
 
-    def message(self, size: int, now: float) -> None:
+    def message(self, size: int, now: float, *, text: bool = False) -> None:
         """A message of `size` bytes or characters came. Raises WireError."""
-        if self._messages is not None and self._messages.take(1.0, now) > 0.0:
+        weight = max(1.0, size / TEXT_PER_MESSAGE) if text else 1.0
+        if self._messages is not None and self._messages.take(weight, now) > 0.0:
             raise WireError(
                 "flooded",
                 "got more messages than the audio in them accounts for; send audio in packets of "
@@ -96,6 +111,37 @@ class Meter:
         if self._bytes is not None:
             self._bytes.fill(seconds * BYTES_PER_AUDIO)
         return self._audio.take(seconds, now) if self._audio is not None else 0.0
+
+
+class HotwordMeter:
+    """What clients ask of hotwords. Who asks for a little too much waits; for more, is refused."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limited = bool(limits.messages_per_second)
+        self._buckets: dict[str, Bucket] = {}
+
+    def change(self, client: str, characters: int, now: float) -> float:
+        """A client has a list of so many characters built, 0 for one that is at hand.
+
+        Returns how long to wait. Raises WireError, and nothing was taken.
+        """
+        if not self._limited:
+            return 0.0
+        self._buckets = {c: b for c, b in self._buckets.items() if not b.full(now)}
+        bucket = self._buckets.get(client) or Bucket(HOTWORDS_PER_SECOND, BURST_HOTWORDS, now)
+        self._buckets[client] = bucket
+        tokens = A_LIST + characters
+        wait = bucket.take(tokens, now)
+        if wait > MAX_WAIT:
+            bucket.fill(tokens)
+            raise WireError(
+                "flooded",
+                f"got new hotwords of {characters} characters, expected at most "
+                f"{HOTWORDS_PER_SECOND:g} characters a second in all your sessions; change them "
+                "less often",
+                retry_after=math.ceil(wait - MAX_WAIT),
+            )
+        return wait
 
 
 class Seats:

@@ -13,11 +13,27 @@ from collections.abc import Iterable
 from typing import Protocol
 
 # RFC 6455 section 7.4.1.
-NORMAL_CLOSURE, GOING_AWAY, POLICY_VIOLATION, SERVICE_RESTART = 1000, 1001, 1008, 1012
+NORMAL_CLOSURE, GOING_AWAY, NO_STATUS = 1000, 1001, 1005
+POLICY_VIOLATION, SERVICE_RESTART = 1008, 1012
 
 
 class Gone(Exception):  # noqa: N818
-    """The connection is closed or lost; says how."""
+    """The connection is closed or lost; says how.
+
+    `code` is that of the client's close frame, None where it did not say good-bye.
+    """
+
+    def __init__(self, how: str, code: int | None = None) -> None:
+        super().__init__(how)
+        self.code = code
+
+    @property
+    def left(self) -> bool:
+        """Whether the client left by its own will: what ends a session that could be resumed.
+
+        Browsers send 1001 for a page that is closed, and no code for a plain ``close()``.
+        """
+        return self.code in (NORMAL_CLOSURE, GOING_AWAY, NO_STATUS)
 
 
 class UnreadError(Exception):

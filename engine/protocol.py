@@ -7,12 +7,13 @@ not final yet comes as a ``final``, and then, always, ``finalized``; ``hotwords`
 the phrases that ``start`` named, from the next chunk on. Anything that goes wrong is one ``error``
 message and then a close code.
 
-With ``"resume": true`` in ``start`` the session outlives its connection for a while. ``ready`` then
-has a secret ``token``, every event a number ``seq``, and messages say how many ``samples`` are
-safe. After ``resume`` (the token, and the last ``seq`` seen) on a new connection, ``ready`` says
-which sample is expected next, and the events that were missed follow. Of numbers that never come
-the events were partials that a newer one has replaced. A connection whose address has
-``?resume=1`` says beforehand that it comes for that, and is not counted as one more session.
+With ``"resume": true`` in ``start`` the session outlives its connection for a while, unless the
+client closes it itself, with 1000, 1001 or no code. ``ready`` then has a secret ``token``, every
+event a number ``seq``, and messages say how many ``samples`` are safe. After ``resume`` (the token,
+and the last ``seq`` seen) on a new connection, ``ready`` says which sample is expected next, and
+the events that were missed follow. Of numbers that never come the events were partials that a newer
+one has replaced. A connection whose address has ``?resume=1`` says beforehand that it comes for
+that, and is not counted as one more session.
 
 Here are the messages and their JSON; what may be said when is in `engine.wire.conversation`. This
 module knows neither sockets nor clocks nor recognisers, so that every rule can be tested with plain
@@ -30,6 +31,7 @@ from typing import Final as Const
 import numpy as np
 import numpy.typing as npt
 
+from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import AudioError, ConfigError, ProtocolError
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial, Word
 from loquent.engine.hotwords import Hotword
@@ -171,6 +173,13 @@ class SetHotwords:
     def encode(self) -> str:
         """The message as the client sends it."""
         return json.dumps({"type": "hotwords", **dataclasses.asdict(self)})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SetEndpoint:
+    """The rules that end segments from now on; only other people's protocols can change them."""
+
+    endpoint: EndpointRules | None
 
 
 FINALIZE: Const = '{"type": "finalize"}'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Final
 from loquent.engine.finish import Finishing, finisher
-from loquent.engine.hotwords import Hotword, HotwordGraph, spell, spoken_texts
+from loquent.engine.hotwords import Hotword, HotwordCache, HotwordGraph, Hotwords, Vocabulary
 from loquent.engine.pool import Pool
 from loquent.engine.session import Device
 from loquent.engine.stream import Stream, as_float32
@@ -58,10 +58,8 @@ class Recognizer:
         self._loudness = Loudness(bundle.features)
         self._threads = threads
         self._decoders = Decoders(bundle, threads=threads, device=device)
-        # Sessions with the same list share its automaton.
-        self._graphs = lru_cache(maxsize=16)(
-            lambda hotwords: HotwordGraph(hotwords, bundle.tokens, bundle.blank)
-        )
+        self._vocabulary = Vocabulary(bundle.tokens, bundle.blank)
+        self._graphs = HotwordCache(bundle.tokens, bundle.blank)
 
     @cached_property
     def _vad(self) -> SileroVad:
@@ -93,7 +91,7 @@ class Recognizer:
         endpoint: EndpointRules | None = DEFAULT_ENDPOINT,
         blank_penalty: float | None = None,
         lm_weight: float | None = None,
-        hotwords: Sequence[Hotword] = (),
+        hotwords: Hotwords = (),
         vad: str | None = None,
         finish: bool = False,
         stability: float = 0.0,
@@ -168,13 +166,21 @@ class Recognizer:
             hot=graph,
         )
 
-    def hotwords(self, hotwords: Sequence[Hotword]) -> HotwordGraph | None:
+    def hotwords(self, hotwords: Hotwords) -> HotwordGraph | None:
         """What a stream makes of its hotwords; the last lists are kept. For any thread.
+
+        A long list takes some tenths of a second, and waits for one that is being built.
 
         Raises:
             ConfigError: too many, or one that the model cannot spell.
         """
-        return self._graphs(tuple(hotwords)) if hotwords else None
+        if isinstance(hotwords, HotwordGraph):
+            return hotwords
+        return self._graphs.get(tuple(hotwords)) if hotwords else None
+
+    def kept_hotwords(self, hotwords: Sequence[Hotword]) -> HotwordGraph | None:
+        """What `hotwords` gives, if it takes no building. For any thread."""
+        return self._graphs.find(tuple(hotwords))
 
     @property
     def pool(self) -> Pool:
@@ -183,15 +189,7 @@ class Recognizer:
 
     def can_spell(self, phrase: str) -> bool:
         """Whether the model can spell a phrase, so that it may be a hotword. For any thread."""
-        try:
-            spell(phrase, self._texts)
-        except ConfigError:
-            return False
-        return True
-
-    @cached_property
-    def _texts(self) -> frozenset[str]:
-        return frozenset(spoken_texts(self.bundle.tokens, self.bundle.blank)) - {""}
+        return self._vocabulary.can_spell(phrase)
 
     def snapshot(self, stream: Stream) -> bytes:
         """A stream as bytes, between two steps: see `loquent.engine.snapshot`.

@@ -1,9 +1,9 @@
-"""Requests with a body on the server's port: HTTP/1.1 with h11, one request a connection.
+"""Requests for `upload` on the server's port: HTTP/1.1 with h11, one request a connection.
 
     StreamReader -> h11 -> loquent.engine.upload -> h11 -> StreamWriter
 
-websockets reads only requests without a body, so that a connection whose first word is POST is
-taken from it and comes here.
+websockets reads only requests without a body, so that a connection whose first word is POST, or
+OPTIONS as browsers ask before it, is taken from it and comes here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _MAX_HEAD = 16 << 10
 _PIECE = 64 << 10
 # Seconds that a client may take to read why its upload was refused before it is cut off.
 _FAREWELL = 2.0
+# Seconds between two looks whether a client that sends no more still waits for its answer.
+_LOOK = 1.0
 
 
 class FileRequest:
@@ -90,8 +92,18 @@ class FileRequest:
                 yield bytes(event.data)
 
     async def _left(self) -> None:
+        """Return, or raise, once the client is gone.
+
+        One that has closed may only have said that it sends no more, and wait. Whether it does
+        shows when something is sent to it, so it is told from time to time that we work.
+        """
         while await self._reader.read(_PIECE):
             pass
+        while self._writer.can_write_eof():  # not TLS, which asyncio closes both ways at once
+            await asyncio.sleep(_LOOK)
+            if self._http.their_http_version != b"1.0":  # which knows no interim answers
+                working = h11.InformationalResponse(status_code=HTTPStatus.PROCESSING, headers=[])
+                await self._write(self._http.send(working))
 
     async def _timely(self) -> h11.Event:
         async with asyncio.timeout(self._host.config.idle_timeout):
@@ -109,15 +121,16 @@ class FileRequest:
         return cast("h11.Event", event)
 
     async def _send(self, answer: Answer) -> None:
+        headers = {
+            "Date": formatdate(usegmt=True),
+            "Server": "loquent",
+            "Connection": "close",
+            **answer.headers,
+        }
         response = h11.Response(
             status_code=answer.status.value,
             reason=answer.status.phrase.encode(),
-            headers=[
-                ("Date", formatdate(usegmt=True)),
-                ("Server", "loquent"),
-                ("Connection", "close"),
-                *answer.headers.items(),
-            ],
+            headers=[(name.encode(), value.encode("latin-1")) for name, value in headers.items()],
         )
         await self._write(
             self._http.send(response)

@@ -163,13 +163,13 @@ class Server:
         await self.host.run(Session(self.host, connection.opened, _Socket(connection)))
 
 
-_POST = b"POST "
+_FOR_REST = (b"POST ", b"OPTIONS ")
 
 
 class _Connection(ServerConnection):
     """A WebSocket with the session that its request asked for.
 
-    websockets reads no request with a body: one that begins with POST is `rest`'s.
+    websockets reads no request with a body: what begins with POST or OPTIONS is `rest`'s.
     """
 
     def __init__(self, *args: Any, owner: Server, **kwargs: Any) -> None:
@@ -193,11 +193,11 @@ class _Connection(ServerConnection):
     def data_received(self, data: bytes) -> None:
         if self._first is not None:
             data = self._first + data
-            if len(data) < len(_POST) and _POST.startswith(data):
+            if any(len(data) < len(word) and word.startswith(data) for word in _FOR_REST):
                 self._first = data
                 return
             self._first = None
-            if data.startswith(_POST):
+            if data.startswith(_FOR_REST):
                 self._hand_over(data)
                 return
         super().data_received(data)
@@ -241,15 +241,15 @@ class _Socket:
         try:
             return await self._connection.recv()
         except ConnectionClosed as exc:
-            raise Gone(str(exc)) from exc
+            raise _parted(exc) from exc
 
     async def send(self, text: str) -> None:
         if self._gone:
-            raise Gone(str(self._connection.protocol.close_exc))
+            raise _parted(self._connection.protocol.close_exc)
         try:
             await self._connection.send(text)
         except ConnectionClosed as exc:
-            raise Gone(str(exc)) from exc
+            raise _parted(exc) from exc
 
     async def close(self, code: int, reason: str) -> bool:
         if not self._gone:
@@ -259,6 +259,12 @@ class _Socket:
     def abort(self) -> None:
         if not self._gone:
             self._connection.transport.abort()
+
+
+def _parted(exc: ConnectionClosed) -> Gone:
+    # An answer to our own close frame is no good-bye.
+    good_bye = exc.rcvd if exc.rcvd_then_sent is not False else None
+    return Gone(str(exc), None if good_bye is None else good_bye.code)
 
 
 def _headers(request: Request) -> dict[str, str]:

@@ -16,7 +16,7 @@ has said already are not said again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +34,7 @@ from loquent.engine.errors import AudioError, BufferFull, ConfigError, StreamClo
 from loquent.engine.events import Event
 from loquent.engine.features import Fbank
 from loquent.engine.finish import Finishing
-from loquent.engine.hotwords import Hotword, HotwordGraph
+from loquent.engine.hotwords import HotwordGraph, Hotwords
 from loquent.engine.level import SILENCE
 from loquent.engine.pool import Slot
 from loquent.engine.resample import Resampler
@@ -99,7 +99,7 @@ class Stream:
         encoder_state: Slot,
         search: Search,
         voice: Voice | None,
-        hotwords: Callable[[Sequence[Hotword]], HotwordGraph | None],
+        hotwords: Callable[[Hotwords], HotwordGraph | None],
         finishing: Finishing | None,
         speller: Speller | None,
         hot: HotwordGraph | None,
@@ -246,7 +246,7 @@ class Stream:
             _Mark(head=self._ring.head, position=self.received, rest=self._resampler.rest())
         )
 
-    def set_hotwords(self, hotwords: Sequence[Hotword]) -> None:
+    def set_hotwords(self, hotwords: Hotwords) -> None:
         """Lean towards these phrases instead, from the next chunk on; none for no leaning.
 
         Raises:
@@ -257,6 +257,17 @@ class Stream:
         self.transcript.expect(graph)
         if self._trunk:
             self._trunk = replace(self._trunk, search=self._trunk.search.biased(graph))
+
+    def set_endpoint(self, rules: EndpointRules | None) -> None:
+        """End segments by these rules from the next chunk on; None for one, however long.
+
+        The silence so far counts.
+        """
+        self.transcript.set_endpoint(rules)
+        if self._trunk:
+            frame_seconds = self._hop * self._subsampling / self._model_rate
+            ruled = self._trunk.endpointer.ruled(rules, frame_seconds)
+            self._trunk = replace(self._trunk, endpointer=ruled)
 
     def events(self) -> list[Event]:
         """What happened since the last call, in order."""

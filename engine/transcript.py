@@ -106,6 +106,10 @@ class Transcript:
         """From here on the words of these are right, however rare."""
         self._hypothesis.hotwords = hotwords
 
+    def set_endpoint(self, rules: EndpointRules | None) -> None:
+        """From here on segments end by these rules."""
+        self._endpointer = self._endpointer.ruled(rules, self._frame_seconds)
+
     def events(self) -> list[Event]:
         """Everything that happened since the last call."""
         events, self._events = self._events, []

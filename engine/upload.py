@@ -36,7 +36,7 @@ from loquent.engine.host import Host
 from loquent.engine.hotwords import Hotword
 from loquent.engine.lane import Lane
 from loquent.engine.stream import MAX_RATE, MIN_RATE
-from loquent.engine.web import SECURITY_HEADERS
+from loquent.engine.web import SECURITY_HEADERS, share_headers
 from loquent.engine.wire.session import Refused
 from loquent.engine.wire.transcription import PATH, MultipartForm, Options, error_body
 
@@ -104,6 +104,16 @@ class Answer:
 
 async def transcribe(host: Host, request: Request) -> Answer:
     """The answer to a request, whatever it asks. Raises Gone."""
+    answer = await _answer(host, request)
+    origin = host.page_of(request.peer, request.headers)
+    if origin is None:
+        return answer
+    asked = request.headers.get("access-control-request-headers", "")
+    shared = share_headers(origin, asked if request.method == "OPTIONS" else None)
+    return dataclasses.replace(answer, headers={**answer.headers, **shared})
+
+
+async def _answer(host: Host, request: Request) -> Answer:
     try:
         return await _transcribe(host, request)
     except Gone:
@@ -121,12 +131,14 @@ async def transcribe(host: Host, request: Request) -> Answer:
 
 
 async def _transcribe(host: Host, request: Request) -> Answer:
-    if request.target.partition("?")[0] != PATH or request.method != "POST":
+    if request.target.partition("?")[0] != PATH or request.method not in ("POST", "OPTIONS"):
         raise Refused(
             HTTPStatus.METHOD_NOT_ALLOWED,
             f"Only GET works here; files go to {PATH}.",
             {"Allow": "GET, HEAD"},
         )
+    if request.method == "OPTIONS":
+        return Answer.of(HTTPStatus.OK, "", "text/plain", {"Allow": "OPTIONS, POST"})
     async with host.place(request.peer, request.target, request.headers):
         size = request.headers.get("content-length", "0")
         if not (size.isascii() and size.isdecimal()) or len(size) > 12 or int(size) > _MAX_BODY:
@@ -192,9 +204,14 @@ async def _recognise(host: Host, path: Path, hotwords: Sequence[Hotword]) -> Hea
     file = await asyncio.to_thread(AudioFile, path)
     rate = file.sample_rate if MIN_RATE <= file.sample_rate <= MAX_RATE else _USUAL_RATE
     recognizer = host.recognizer
-    if hotwords:  # which takes some time to build, and then is at hand
-        await asyncio.to_thread(recognizer.hotwords, hotwords)
-    stream = recognizer.stream(sample_rate=rate, chunk_ms=host.config.chunk_ms, hotwords=hotwords)
+    graph = await host.hotwords.build(hotwords)
+    stream = recognizer.stream(
+        sample_rate=rate,
+        chunk_ms=host.config.chunk_ms,
+        right_context_ms=host.config.right_context_ms,
+        finish=host.finishes,
+        hotwords=graph or (),
+    )
     most = host.config.limits.file_seconds
     if most and file.duration > most:
         raise _too_long(most)

@@ -120,6 +120,22 @@ def origin_allowed(origin: str | None, host: str | None, allowed: Collection[str
     return url.netloc.lower() == (host or "").lower() or is_loopback(name)
 
 
+def share_headers(origin: str, asked: str | None = None) -> dict[str, str]:
+    """What lets a page from `origin` read an answer (CORS).
+
+    `asked`: the page's browser asks first (``OPTIONS``) whether it may send these headers, too.
+    """
+    headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+    if asked is None:
+        return {**headers, "Access-Control-Expose-Headers": "Retry-After, X-Loquent-Ignored"}
+    return {
+        **headers,
+        "Access-Control-Allow-Methods": "POST",
+        "Access-Control-Allow-Headers": asked,
+        "Access-Control-Max-Age": "600",
+    }
+
+
 def host_name(host: str | None) -> str:
     """The name or address in a Host header, without the port."""
     try:

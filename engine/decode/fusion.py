@@ -259,7 +259,7 @@ class Fusion:
             return 0.0
         rules = self.rules
         logp = self._ahead.get(prefix)
-        if logp is None and self.hotwords and prefix in self.hotwords.beginnings:
+        if logp is None and self.hotwords and self.hotwords.begins(prefix):
             logp = self._rarest
         return rules.lm_weight * logp if logp is not None else self._unknown(prefix)
 

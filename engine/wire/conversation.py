@@ -20,7 +20,7 @@ import numpy as np
 
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Ended, EndReason, Event
-from loquent.engine.hotwords import DEFAULT_BOOST, MAX_PHRASES, Hotword
+from loquent.engine.hotwords import DEFAULT_BOOST, MAX_PHRASES, Hotword, check_size
 from loquent.engine.protocol import (
     DTYPES,
     MAX_MESSAGE,
@@ -279,28 +279,33 @@ def _parse_start(fields: dict[str, Any], languages: Collection[str] | None) -> S
     return start
 
 
+_HOTWORDS: Const = 'a list of phrases, or of {"phrase": "New York", "boost": 2.0}'
+
+
 def _parse_hotwords(value: object) -> tuple[Hotword, ...]:
-    expected = 'a list of phrases, or of {"phrase": "New York", "boost": 2.0}'
     if not isinstance(value, list):
-        raise WireError("bad_config", f"got hotwords = {value!r:.80}, expected {expected}")
+        raise WireError("bad_config", f"got hotwords = {value!r:.80}, expected {_HOTWORDS}")
     if len(value) > MAX_PHRASES:
         raise WireError("bad_config", f"got {len(value)} hotwords, expected at most {MAX_PHRASES}")
-    found = []
-    for item in value:
-        fields = {"phrase": item} if isinstance(item, str) else item
-        if (
-            not isinstance(fields, dict)
-            or not isinstance(fields.get("phrase"), str)
-            or not isinstance(boost := fields.get("boost", DEFAULT_BOOST), int | float)
-            or isinstance(boost, bool)
-            or fields.keys() - {"phrase", "boost"}
-        ):
-            raise WireError("bad_config", f"got {item!r:.80} in hotwords, expected {expected}")
-        try:
-            found.append(Hotword(phrase=fields["phrase"], boost=float(boost)))
-        except ConfigError as exc:
-            raise WireError("bad_config", str(exc)) from exc
-    return tuple(found)
+    try:
+        found = tuple(map(_parse_hotword, value))
+        check_size(found)
+    except ConfigError as exc:
+        raise WireError("bad_config", str(exc)) from exc
+    return found
+
+
+def _parse_hotword(item: object) -> Hotword:
+    fields = {"phrase": item} if isinstance(item, str) else item
+    if (
+        not isinstance(fields, dict)
+        or not isinstance(fields.get("phrase"), str)
+        or not isinstance(boost := fields.get("boost", DEFAULT_BOOST), int | float)
+        or isinstance(boost, bool)
+        or fields.keys() - {"phrase", "boost"}
+    ):
+        raise WireError("bad_config", f"got {item!r:.80} in hotwords, expected {_HOTWORDS}")
+    return Hotword(phrase=fields["phrase"], boost=float(boost))
 
 
 def _parse_resume(fields: dict[str, Any]) -> Resume:

@@ -10,11 +10,13 @@
     no JSON, or of unknown type    Error, and the session goes on
 
     Partial                      -> Results is_final=false; SpeechStarted before a segment's first
-    Final, endpoint              -> Results is_final, speech_final
+    Final, endpoint              -> Results is_final, speech_final; is_final alone where
+                                    endpointing is false or longer than utterance_end_ms
     Final, limit                 -> Results is_final
     Final, finalize + Finalized  -> Results is_final, speech_final, from_finalize
     Final, end + Ended           -> Results is_final, speech_final; Metadata; close
-    silence after the last word  -> UtteranceEnd (utterance_end_ms)
+    silence after the last word  -> UtteranceEnd (utterance_end_ms); if endpointing is longer,
+                                    then Results is_final, speech_final, without words
 
 With punctuate or smart_format finals are finished (casing, punctuation, digits) where there is a
 finisher for the language; interim results never are. Options come in the query; those that we do
@@ -111,9 +113,10 @@ class DeepgramSession(WireSession):
         self._digest = hashlib.sha256()
         self._settled = 0.0  # seconds up to which results are final
         self._held: Final | None = None  # goes out with what asked for it
-        self._speaking = False  # since the last speech_final
+        self._growing = False  # there are words that are not final yet
+        self._speaking = False  # there are final words since the last speech_final
         self._segment = -1  # the last one that SpeechStarted was sent for
-        self._word_end: float | None = None  # of the last final word, until UtteranceEnd
+        self._word_end: float | None = None  # of the last final word, until its UtteranceEnd
 
     @property
     def draining(self) -> bool:
@@ -158,13 +161,14 @@ class DeepgramSession(WireSession):
         """See the table at the top."""
         match event:
             case Partial():
+                self._growing = bool(event.words)
                 return [*self._began(event), *self._interim(event)]
             case Final():
                 return self._final(event)
             case Finalized():
                 return [self._flushed(event.position, finalize=True)]
             case Marked():
-                return self._utterance_end(progress.processed)
+                return [] if self._growing else self._silence(progress.processed)
             case Ended():
                 return self._ended(event.duration)
 
@@ -188,7 +192,7 @@ class DeepgramSession(WireSession):
             hotwords=self._options.hotwords or None,
             finish=self._finishes or None,
         )
-        return [Open(start=start, endpoint=self._options.endpoint)]
+        return [Open(start=start, endpoint=self._options.segments)]
 
     def _configure(self, phrases: object) -> list[Action]:
         about = {"request_id": self._id}
@@ -233,9 +237,7 @@ class DeepgramSession(WireSession):
         """What a segment's first words bring with them."""
         if not event.words:
             return []
-        self._speaking = True
-        said = self._utterance_end(event.words[0].start)
-        self._word_end = None  # counts anew from this segment's last word
+        said = self._silence(event.words[0].start)
         if self._options.vad_events and event.segment != self._segment:
             timestamp = round(event.start, 3)
             said.append(_send({"type": "SpeechStarted", "channel": [0, 1], "timestamp": timestamp}))
@@ -249,11 +251,13 @@ class DeepgramSession(WireSession):
 
     def _final(self, event: Final) -> list[Action]:
         said = self._began(event)
+        self._growing = False
         self._word_end = event.end
+        self._speaking = True
         if event.reason in ("finalize", "end"):
             self._held = event
             return said
-        over = event.reason == "endpoint"
+        over = event.reason == "endpoint" and self._options.segments == self._options.endpoint
         self._speaking = not over
         end = max(event.end, self._settled)
         return [*said, self._results(event, end, final=True, speech_final=over)]
@@ -263,16 +267,22 @@ class DeepgramSession(WireSession):
         spoke, self._speaking = self._speaking, False
         return self._results(held, position, final=True, speech_final=spoke, finalize=finalize)
 
-    def _utterance_end(self, now: float) -> list[Action]:
+    def _silence(self, now: float) -> list[Action]:
+        """What is due if no word follows the last final one before `now` seconds."""
+        said: list[Action] = []
         silence, last = self._options.utterance_end, self._word_end
-        if not silence or last is None or now - last < silence:
-            return []
-        self._word_end = None
-        return [_send({"type": "UtteranceEnd", "channel": [0, 1], "last_word_end": round(last, 3)})]
+        if silence and last is not None and now - last >= silence:
+            self._word_end = None
+            about = {"channel": [0, 1], "last_word_end": round(last, 3)}
+            said.append(_send({"type": "UtteranceEnd", **about}))
+        if self._speaking and now - self._settled >= self._options.endpoint.trailing_silence:
+            self._speaking = False
+            said.append(self._results(None, self._settled, final=True, speech_final=True))
+        return said
 
     def _ended(self, duration: float) -> list[Action]:
         rest = self._flushed(max(duration, self._settled))
-        return [rest, *self._utterance_end(duration), *self._over(duration)]
+        return [rest, *self._silence(duration), *self._over(duration)]
 
     def _over(self, duration: float) -> list[Action]:
         warnings = [

@@ -73,6 +73,14 @@ class Options:
     punctuate: bool
     unused: tuple[str, ...]
 
+    @property
+    def segments(self) -> EndpointRules:
+        """When a result is final: at the latest before its UtteranceEnd, as clients expect."""
+        longest = max(self.utterance_end, MIN_ENDPOINTING)
+        if not self.utterance_end or self.endpoint.trailing_silence <= longest:
+            return self.endpoint
+        return dataclasses.replace(self.endpoint, trailing_silence=longest)
+
     @classmethod
     def parse(
         cls,

@@ -2,7 +2,7 @@
 
     client                              server
     (connects)                          session.created
-    session.update                      session.updated
+    session.update                      session.updated, of what is in force for audio from here on
     input_audio_buffer.append           nothing
     input_audio_buffer.commit           .committed, conversation.item.added, .completed
     input_audio_buffer.clear            .cleared
@@ -16,8 +16,10 @@
 
 Audio is recognised while it is appended, so that a commit has little left to do, and an item's
 deltas come before it. The deltas of an item are its transcript. A commit is answered once all audio
-before it is recognised: which words are in which item does not depend on how far we had come. The
-older names of the beta (transcription_session.update, input_audio_format) are understood too.
+before it is recognised: which words are in which item does not depend on how far we had come. Turn
+detection may change between two appends in the same way; the audio's format and delay, which is the
+stream's chunk size, are settled by the first. The older names of the beta
+(transcription_session.update, input_audio_format) are understood too.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from loquent.engine.protocol import (
     End,
     Finalize,
     Progress,
+    SetEndpoint,
     SetHotwords,
     Start,
     WireError,
@@ -52,6 +55,7 @@ from loquent.engine.wire.session import (
     Close,
     Context,
     Handshake,
+    Mark,
     Open,
     Send,
     WireSession,
@@ -61,7 +65,13 @@ from loquent.engine.wire.session import (
 logger = logging.getLogger(__name__)
 
 SHORTEST = 0.1  # seconds that a commit needs
-_CODES = {"bad_json": "invalid_json", "bad_type": "invalid_event", "bad_audio": "invalid_audio"}
+_CODES = {
+    "bad_json": "invalid_json",
+    "bad_type": "invalid_event",
+    "bad_audio": "invalid_audio",
+    "idle": "session_expired",
+    "session_limit": "session_expired",
+}
 _TRANSCRIPTION = "conversation.item.input_audio_transcription"
 
 
@@ -87,6 +97,9 @@ class _Cut:
 class OpenAiSession(WireSession):
     """A session at ``/v1/realtime``."""
 
+    # It has no KeepAlive, and who pushes to talk is silent in between.
+    patience = 900.0
+
     def __init__(self, handshake: Handshake, context: Context) -> None:
         self._id = context.session
         self._created = int(context.now)
@@ -98,6 +111,8 @@ class OpenAiSession(WireSession):
             languages=tuple(context.languages),
             spells=context.spells,
         )
+        self._in_force = self._config  # for the audio that events tell of ...
+        self._changes: deque[Config] = deque()  # ... and what is to be for what is not heard yet
         self._chunks = tuple(context.chunks_ms)
         self._reader: PcmReader | None = None
         self._events = 0
@@ -144,7 +159,9 @@ class OpenAiSession(WireSession):
                 return self._cut(self._cuts.popleft(), event.position)
             case Ended():
                 return self._ended(event.duration)
-        return ()
+            case Marked():
+                self._in_force = self._changes.popleft()
+                return ()
 
     def end(self, reason: WireError | None) -> Actions:
         """What was appended is committed."""
@@ -157,7 +174,9 @@ class OpenAiSession(WireSession):
         """``failed`` for every item that waits, ``error``, and the close code."""
         self.state = "failed"
         known = as_wire_error(error)
-        why = {"type": "server_error", "code": known.code, "message": str(known)}
+        code = _CODES.get(known.code, known.code)
+        kind = "server_error" if code in ("internal", "busy") else "invalid_request_error"
+        why = {"type": kind, "code": code, "message": str(known)}
         failed = [
             self._send(
                 f"{_TRANSCRIPTION}.failed", item_id=self._item.id, content_index=0, error=why
@@ -165,7 +184,7 @@ class OpenAiSession(WireSession):
             for _ in [cut for cut in self._cuts if cut.keep][:1]
         ]
         close = Close(code=known.close_code, reason=str(known))
-        return [*failed, self._error(str(known), known.code, None, kind="server_error"), close]
+        return [*failed, self._error(str(known), code, None, kind=kind), close]
 
     def _receive(self, fields: Mapping[str, Any]) -> list[Action]:
         match fields.get("type"):
@@ -194,14 +213,31 @@ class OpenAiSession(WireSession):
 
     def _update(self, session: object, kind: str) -> list[Action]:
         config = self._config.updated(session)
-        if self._reader is not None and config.format != self._config.format:
-            raise SettingError("format", "the audio format cannot change after the first append")
-        changed = self._reader is not None and config.hotwords != self._config.hotwords
+        changes = self._enforced(config)
         self._config = config
         if config.unused:
             logger.info("session %s: not supported here: %s", self._id, ", ".join(config.unused))
-        updated = self._send(f"{kind}d", session=self._session())
-        return [updated, *([SetHotwords(hotwords=config.hotwords)] if changed else [])]
+        return [self._send(f"{kind}d", session=self._session()), *changes]
+
+    def _enforced(self, config: Config) -> list[Action]:
+        """What brings an update into force. Raises SettingError for what is too late."""
+        if self._reader is None:
+            self._in_force = config
+            return []
+        for name in ("format", "delay"):
+            if getattr(config, name) != getattr(self._config, name):
+                raise SettingError(
+                    name,
+                    f"got another {name} after the first append, which settled it; leave it out "
+                    "or connect again",
+                )
+        changes: list[Action] = []
+        if _turns(config) != _turns(self._config):
+            self._changes.append(config)
+            changes += [Mark(), SetEndpoint(endpoint=config.endpoint)]
+        if config.hotwords != self._config.hotwords:
+            changes.append(SetHotwords(hotwords=config.hotwords))
+        return changes
 
     def _append(self, audio: object) -> list[Action]:
         try:
@@ -228,10 +264,10 @@ class OpenAiSession(WireSession):
         return bool(self._cuts) and not self._cuts[0].keep
 
     def _began(self, event: Partial | Final) -> list[Action]:
-        if not self._config.turns or not event.words or self._item.started or self._cleared:
+        if not self._in_force.turns or not event.words or self._item.started or self._cleared:
             return []
         self._item.started = True
-        padded = max(event.start - self._config.prefix_padding, self._begin)
+        padded = max(event.start - self._in_force.prefix_padding, self._begin)
         return [
             self._send(
                 "input_audio_buffer.speech_started",
@@ -255,7 +291,7 @@ class OpenAiSession(WireSession):
         said = [*self._began(event), *self._delta(event.text)]
         self._item.finals = self._item.text
         self._item.words += event.words
-        if not self._config.turns or self._cleared or event.reason in ("finalize", "end"):
+        if not self._in_force.turns or self._cleared or event.reason in ("finalize", "end"):
             return said  # what asked for it comes next
         return [*said, *self._commit(event.end)]
 
@@ -349,6 +385,11 @@ class OpenAiSession(WireSession):
         self._events += 1
         event = {"type": kind, "event_id": f"event_{self._id}_{self._events}", **fields}
         return Send(text=json.dumps(event, ensure_ascii=False))
+
+
+def _turns(config: Config) -> tuple[object, ...]:
+    """All that turn detection is made of."""
+    return config.turns, config.endpoint, config.prefix_padding
 
 
 def _logprob(word: Word) -> dict[str, Any]:

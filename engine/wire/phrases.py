@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
+from loquent.engine.errors import ConfigError
 from loquent.engine.hotwords import MAX_CHARACTERS, Hotword
 
 MAX_WORDS = 4  # of a phrase in a prompt
-MAX_PHRASES = 500  # in a message; more would hold up the event loop
+# In a message, and the characters of all of them. Whether the model can spell them is found out on
+# the event loop, at less than a microsecond a character.
+MAX_PHRASES = 500
+MAX_TOTAL = 10_000
 _SENTENCE = re.compile(r"[.?!](?=\s)|[?!]$")
 
 
@@ -31,11 +35,17 @@ def hotwords(
     """Those of the phrases that the model can spell, and the others.
 
     Raises:
-        ConfigError: one is empty or too long.
+        ConfigError: one is empty or too long, or they are together.
     """
+    phrases = list(dict.fromkeys(phrases))
+    if (total := sum(map(len, phrases))) > MAX_TOTAL:
+        raise ConfigError(
+            f"got {len(phrases)} phrases of {total} characters together, expected at most "
+            f"{MAX_TOTAL}; give names and terms, and leave out those that the model knows anyway"
+        )
     found: list[Hotword] = []
     unknown: list[str] = []
-    for phrase in dict.fromkeys(phrases):
+    for phrase in phrases:
         hotword = Hotword(phrase=phrase)
         if spells(phrase):
             found.append(hotword)

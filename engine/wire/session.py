@@ -28,6 +28,7 @@ from loquent.engine.protocol import (
     Progress,
     Ready,
     Resume,
+    SetEndpoint,
     SetHotwords,
     Standing,
     Start,
@@ -67,7 +68,7 @@ class Open:
     endpoint: EndpointRules | None = DEFAULT_ENDPOINT
 
 
-Action = Send | Close | Open | Resume | Audio | Mark | Finalize | SetHotwords | End
+Action = Send | Close | Open | Resume | Audio | Mark | Finalize | SetHotwords | SetEndpoint | End
 Actions = Sequence[Action]
 
 

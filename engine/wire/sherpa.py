@@ -61,7 +61,7 @@ class SherpaSession(WireSession):
     def receive(self, message: str | bytes) -> Actions:
         """Audio or ``Done``."""
         if self._ending:
-            raise WireError("bad_type", "got a message after Done, expected nothing more")
+            return ()  # the result of what came before is still to be sent
         if isinstance(message, bytes):
             return [Audio(pcm=self._reader.accept(message))]
         if message.strip() != "Done":

@@ -21,8 +21,10 @@ from loquent.engine.errors import ConfigError
 from loquent.engine.events import Final
 from loquent.engine.hotwords import Hotword
 from loquent.engine.subtitles import srt, vtt
+from loquent.engine.wire.languages import name_of
 from loquent.engine.wire.phrases import MAX_PHRASES, hotwords, listed
 from loquent.engine.wire.session import Refused
+from loquent.engine.wire.written import MARKS, written
 
 PATH = "/v1/audio/transcriptions"
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
@@ -199,15 +201,15 @@ class Options:
             case "text":
                 return f"{text}\n", "text/plain; charset=utf-8"
             case "srt":
-                return srt(finals), "text/plain; charset=utf-8"
+                return srt(map(_as_written, finals)), "text/plain; charset=utf-8"
             case "vtt":
-                return vtt(finals), "text/vtt; charset=utf-8"
+                return vtt(map(_as_written, finals)), "text/vtt; charset=utf-8"
         usage = {"type": "duration", "seconds": math.ceil(duration)}
         answer: dict[str, Any] = {"text": text}
         if self.kind == "verbose_json":
             answer = {
                 "task": "transcribe",
-                "language": self.language,
+                "language": name_of(self.language) if self.language else None,
                 "duration": round(duration, 3),
                 **answer,
             }
@@ -216,12 +218,12 @@ class Options:
             if self.words:
                 answer["words"] = [
                     {
-                        "word": word.text,
+                        "word": word.text.rstrip(MARKS),
                         "start": round(word.start, 3),
                         "end": round(word.end, 3),
                     }
                     for final in finals
-                    for word in final.words
+                    for word in _as_written(final).words
                 ]
         return json.dumps({**answer, "usage": usage}, ensure_ascii=False), "application/json"
 
@@ -245,6 +247,12 @@ def _bad(message: str, param: str | None = None) -> Refused:
     return _FormError(message, param)
 
 
+def _as_written(final: Final) -> Final:
+    """With words as its text has them: cased, with their marks, numbers in digits."""
+    words = (dataclasses.replace(word, text=s) for word, s in written(final.words, final.text))
+    return dataclasses.replace(final, words=tuple(words))
+
+
 def _segment(final: Final) -> dict[str, Any]:
     # Whisper's fields. What its decoder knows and ours does not is what it would be if all is well.
     data = final.text.encode()
@@ -254,7 +262,7 @@ def _segment(final: Final) -> dict[str, Any]:
         "seek": 0,
         "start": round(final.start, 3),
         "end": round(final.end, 3),
-        "text": final.text,
+        "text": f" {final.text}",  # so that segments, joined, are the text
         "tokens": [],
         "temperature": 0.0,
         "avg_logprob": round(sum(scores) / max(len(scores), 1), 4),

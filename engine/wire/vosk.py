@@ -75,7 +75,7 @@ class VoskSession(WireSession):
     def receive(self, message: str | bytes) -> Actions:
         """Audio, ``config``, ``reset`` or ``eof``."""
         if self._ending:
-            raise WireError("bad_type", "got a message after eof, expected nothing more")
+            return ()  # the result of what came before is still to be sent
         if isinstance(message, bytes):
             opening = self._open()
             assert self._reader is not None, "made by _open"

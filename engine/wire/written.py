@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 
 from loquent.engine.events import Word
 
-_MARKS = ",.?"
+MARKS = ",.?"  # that stand behind words
 
 
 def written(words: Sequence[Word], text: str) -> list[tuple[Word, str]]:
@@ -18,7 +18,7 @@ def written(words: Sequence[Word], text: str) -> list[tuple[Word, str]]:
     second items, joined by spaces, are the text.
     """
     tokens = text.split()
-    plain = [token.rstrip(_MARKS).lower() for token in tokens]
+    plain = [token.rstrip(MARKS).lower() for token in tokens]
     found: list[tuple[Word, str]] = []
     first: tuple[list[Word], list[str]] = [], []  # of one kind alone, before all that matches
     matcher = SequenceMatcher(None, [word.text for word in words], plain, autojunk=False)
@@ -44,7 +44,7 @@ def written(words: Sequence[Word], text: str) -> list[tuple[Word, str]]:
 def _one(words: Sequence[Word], tokens: Sequence[str]) -> Word:
     return dataclasses.replace(
         words[0],
-        text=" ".join(token.rstrip(_MARKS).lower() for token in tokens),
+        text=" ".join(token.rstrip(MARKS).lower() for token in tokens),
         end=words[-1].end,
         confidence=min(word.confidence for word in words),
     )

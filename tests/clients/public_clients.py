@@ -34,14 +34,6 @@ def packets(data: bytes, rate: int) -> list[bytes]:
 
 def deepgram(port: int, path: str) -> list[str]:
     """PyPI deepgram-sdk, synchronous, interim results on."""
-    from deepgram import DeepgramClient
-    from deepgram.core.events import EventType
-    from deepgram.environment import DeepgramClientEnvironment
-
-    http, ws = f"http://127.0.0.1:{port}", f"ws://127.0.0.1:{port}"
-    environment = DeepgramClientEnvironment(base=http, production=ws, agent=ws, agent_rest=http)
-    client = DeepgramClient(api_key="none", environment=environment)
-    data, rate = read(path)
     finals: list[str] = []
     seen: list[str] = []
 
@@ -50,6 +42,37 @@ def deepgram(port: int, path: str) -> list[str]:
         if message.type == "Results" and message.is_final:
             finals.append(message.channel.alternatives[0].transcript)
 
+    _deepgram(port, *read(path), on_message, vad_events="true")
+    assert seen[-1] == "Metadata", seen
+    assert "SpeechStarted" in seen, seen
+    return finals
+
+
+def deepgram_utterances(port: int, path: str) -> list[str]:
+    """PyPI deepgram-sdk without endpointing: a client that goes by UtteranceEnd."""
+    data, rate = read(path)
+    utterances: list[list[Any]] = [[]]
+
+    def on_message(message: Any) -> None:
+        if message.type == "Results" and message.is_final:
+            utterances[-1] += message.channel.alternatives[0].words
+        elif message.type == "UtteranceEnd":
+            assert message.last_word_end == utterances[-1][-1].end, utterances
+            utterances.append([])
+
+    _deepgram(port, data + bytes(4 * rate), rate, on_message, endpointing="false")
+    assert [len(words) for words in utterances] == [3, 1, 0], utterances
+    return [word.punctuated_word for words in utterances for word in words]
+
+
+def _deepgram(port: int, data: bytes, rate: int, on_message: Any, **options: str) -> None:
+    from deepgram import DeepgramClient
+    from deepgram.core.events import EventType
+    from deepgram.environment import DeepgramClientEnvironment
+
+    http, ws = f"http://127.0.0.1:{port}", f"ws://127.0.0.1:{port}"
+    environment = DeepgramClientEnvironment(base=http, production=ws, agent=ws, agent_rest=http)
+    client = DeepgramClient(api_key="none", environment=environment)
     with client.listen.v1.connect(
         model="nova-3",
         encoding="linear16",
@@ -57,7 +80,7 @@ def deepgram(port: int, path: str) -> list[str]:
         interim_results="true",
         punctuate="true",
         utterance_end_ms="1000",
-        vad_events="true",
+        **options,
     ) as connection:
         connection.on(EventType.MESSAGE, on_message)
         listener = threading.Thread(target=connection.start_listening)
@@ -68,9 +91,6 @@ def deepgram(port: int, path: str) -> list[str]:
         connection.send_finalize()
         connection.send_close_stream()
         listener.join(60)
-    assert seen[-1] == "Metadata", seen
-    assert "SpeechStarted" in seen, seen
-    return finals
 
 
 def openai_turns(port: int, path: str) -> list[str]:
@@ -78,12 +98,20 @@ def openai_turns(port: int, path: str) -> list[str]:
     return asyncio.run(_openai(port, path, {"type": "server_vad"}))
 
 
+def openai_hands_free(port: int, path: str) -> list[str]:
+    """PyPI openai, Realtime transcription in which the server finds the turns after a while."""
+    said = asyncio.run(_openai(port, path, None, {"type": "server_vad"}))
+    assert len(said) == 2, said
+    return said
+
+
 def openai_commit(port: int, path: str) -> list[str]:
     """PyPI openai, Realtime transcription in which the client commits; by its deltas."""
     return asyncio.run(_openai(port, path, None))
 
 
-async def _openai(port: int, path: str, turns: Any) -> list[str]:
+async def _openai(port: int, path: str, *turns: Any) -> list[str]:
+    """`turns`: its turn detection from the first packet on, the second, and so on."""
     import base64
 
     from openai import AsyncOpenAI
@@ -95,19 +123,20 @@ async def _openai(port: int, path: str, turns: Any) -> list[str]:
     async with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
         created = await connection.recv()
         assert created.type == "session.created", created
-        await connection.session.update(
-            session={
-                "type": "transcription",
-                "audio": {
-                    "input": {
-                        "format": {"type": "audio/pcm", "rate": rate},  # type: ignore[typeddict-item]
-                        "transcription": {"model": "gpt-4o-transcribe"},
-                        "turn_detection": turns,
+        for number, packet in enumerate(packets(data, rate)):
+            if number < len(turns):
+                await connection.session.update(
+                    session={
+                        "type": "transcription",
+                        "audio": {
+                            "input": {
+                                "format": {"type": "audio/pcm", "rate": rate},  # type: ignore[typeddict-item]
+                                "transcription": {"model": "gpt-4o-transcribe"},
+                                "turn_detection": turns[number],
+                            }
+                        },
                     }
-                },
-            }
-        )
-        for packet in packets(data, rate):
+                )
             await connection.input_audio_buffer.append(audio=base64.b64encode(packet).decode())
         await connection.input_audio_buffer.commit()
         # What was committed before is completed before a commit of nothing is refused.
@@ -139,8 +168,10 @@ def openai_file(port: int, path: str) -> list[str]:
         )
     assert answer.segments is not None
     assert answer.words is not None
-    assert answer.text == " ".join(segment.text for segment in answer.segments)
-    assert answer.text.split() == [word.word for word in answer.words]
+    assert answer.text == "".join(segment.text for segment in answer.segments).strip()
+    bare = [token.rstrip(",.?") for token in answer.text.split()]
+    assert bare == [word.word for word in answer.words]
+    assert answer.language == "english"
     return [segment.text for segment in answer.segments]
 
 
@@ -264,7 +295,9 @@ async def _pipecat(make: Any, path: str) -> list[str]:
 
 CLIENTS = {
     "deepgram": deepgram,
+    "deepgram_utterances": deepgram_utterances,
     "openai_turns": openai_turns,
+    "openai_hands_free": openai_hands_free,
     "openai_commit": openai_commit,
     "openai_file": openai_file,
     "vosk": vosk,

@@ -29,7 +29,9 @@ SCRIPT = Path(__file__).parent / "public_clients.py"
 # Client -> module that it needs, rate of the audio.
 CLIENTS = {
     "deepgram": ("deepgram", 16000),
+    "deepgram_utterances": ("deepgram", 16000),
     "openai_turns": ("openai", 24000),
+    "openai_hands_free": ("openai", 24000),
     "openai_commit": ("openai", 24000),
     "openai_file": ("openai", 16000),
     "vosk": ("vosk", 16000),
@@ -39,7 +41,10 @@ CLIENTS = {
     "pipecat_openai": ("pipecat.services.openai", 24000),
 }
 SPEECH = [(0, 0.3), (1, 0.4), (2, 0.3), (0, 0.1), (3, 0.5), (4, 0.3), (0, 1.2), (5, 0.4), (7, 0.4)]
-QUICK = ["deepgram", "openai_turns", "openai_commit", "openai_file", "vosk"]
+QUICK = [
+    *("deepgram", "deepgram_utterances", "openai_turns", "openai_hands_free", "openai_commit"),
+    *("openai_file", "vosk"),
+]
 REAL_TIME = ["livekit_deepgram", "livekit_openai", "pipecat_deepgram", "pipecat_openai"]
 
 
@@ -77,8 +82,8 @@ def test_public_clients_hear_what_transcribe_writes(
             continue
         path = tmp_path / f"{rate}.wav"
         soundfile.write(path, tones(SPEECH, sample_rate=rate), rate, subtype="PCM_16")
-        # Deepgram's clients ask for punctuation, here or by default.
-        finish = ["--finish"] if "deepgram" in name else []
+        # Deepgram's clients ask for punctuation, here or by default, and OpenAI's files have it.
+        finish = ["--finish"] if "deepgram" in name or name == "openai_file" else []
         assert transcribe.main(["-q", *finish, "--bundle", english, str(path)]) == 0
         written = expected[name] = capsys.readouterr().out.split()
         plain = ["bana", "bana", "kiwi", "solo"]

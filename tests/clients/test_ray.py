@@ -45,6 +45,34 @@ def test_how_many_replicas_are_wanted(context: Context, wanted: int) -> None:
     assert LagPolicy(target_load=0.6, max_lag=2.0)(context) == (wanted, {})
 
 
+OPTIONS = """
+from loquent.clients.ray_app import Loquent, application
+config = application().host.config
+print(Loquent.max_ongoing_requests, config.max_sessions, config.drain_timeout, config.host)
+print(config.limits.sessions_per_key, *config.keys.names)
+"""
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_a_replica_heeds_its_environment(bundle: str) -> None:
+    def start(**env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", OPTIONS],
+            env={**os.environ, "LOQUENT_BUNDLE": bundle, **env},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert start(LOQUENT_STREAMS="10").stdout.splitlines() == ["40 40 120.0 0.0.0.0", "0"]
+    keys = {"LOQUENT_API_KEYS": "alice:correct-horse-battery", "LOQUENT_SESSIONS_PER_KEY": "2"}
+    limits = {"LOQUENT_MAX_SESSIONS": "7", "LOQUENT_DRAIN_TIMEOUT": "20"}
+    assert start(**keys, **limits).stdout.splitlines() == ["7 7 20.0 0.0.0.0", "2 alice"]
+    refused = start(LOQUENT_MAX_SESSIONS="many")
+    assert refused.returncode == 1
+    assert "LOQUENT_MAX_SESSIONS: argument --max-sessions: got 'many'" in refused.stderr
+
+
 SCRIPT = """
 import asyncio, sys, time
 import numpy as np, ray, soundfile

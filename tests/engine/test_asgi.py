@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 from collections.abc import Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -15,7 +16,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from loquent.clients.client import connect
-from loquent.engine.asgi import App
+from loquent.engine.asgi import App, create_app
+from loquent.engine.errors import ConfigError
 from loquent.engine.events import Ended, Event, Final
 from loquent.engine.host import ServerConfig
 from loquent.engine.protocol import END, Resume, Start
@@ -103,6 +105,91 @@ async def test_a_client_comes_back_while_its_old_connection_seems_alive(tiny: Re
     await asyncio.wait_for(new.task, 10)
     await app.stop()
     assert not app.host.sessions
+
+
+# uvicorn says 1005 of a connection that is lost.
+@pytest.mark.parametrize(("code", "waits"), [(1000, False), (1001, False), (1005, True)])
+async def test_who_leaves_properly_is_not_waited_for(
+    tiny: Recognizer, code: int, waits: bool
+) -> None:
+    app = await app_of(tiny)
+    client = Client(app, "websocket", "/v1/stream")
+    client.to_app.put_nowait({"type": "websocket.connect"})
+    assert (await client.get())["type"] == "websocket.accept"
+    hello = Start(sample_rate=16000, resume=True).encode()
+    client.to_app.put_nowait({"type": "websocket.receive", "text": hello})
+    assert json.loads((await client.get())["text"])["type"] == "ready"
+    client.to_app.put_nowait({"type": "websocket.disconnect", "code": code})
+    async with asyncio.timeout(10):
+        while app.host.connected:
+            await asyncio.sleep(0.01)
+    assert len(app.host.sessions) == waits
+    app.host.stop()
+    await asyncio.wait_for(client.task, 10)
+    await app.stop()
+
+
+KEY = "correct-horse-battery"
+
+
+async def test_the_environment_is_heeded(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and limits as ``loquent serve`` reads them; pages of the server's own name may come."""
+    (tmp_path / "loquent.toml").write_text(f'bundle = "{tiny_bundle}"\nsessions-per-key = 1\n')
+    monkeypatch.setenv("LOQUENT_CONFIG", str(tmp_path / "loquent.toml"))
+    monkeypatch.setenv("LOQUENT_API_KEYS", f"alice:{KEY}")
+    monkeypatch.setenv("LOQUENT_MAX_SESSIONS", "3")
+    monkeypatch.setenv("LOQUENT_SNAPSHOTS", str(tmp_path / "sessions"))
+    app = create_app()
+    config = app.host.config
+    assert (config.max_sessions, config.limits.sessions_per_key) == (3, 1)
+    assert config.share_parked
+    health = Client(app, "http", "/healthz")
+    await health.get()
+    assert json.loads((await health.get())["body"])["keys"]
+    assert (await Client(app, "http", "/").get())["status"] == 200  # the page
+
+    async def status(**headers: str) -> object:
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        extensions: Message = {"websocket.http.response": {}}
+        client = Client(app, "websocket", "/v1/stream", headers=raw, extensions=extensions)
+        client.to_app.put_nowait({"type": "websocket.connect"})
+        answer = await client.get()
+        client.to_app.put_nowait({"type": "websocket.disconnect", "code": 1001})
+        return answer.get("status", answer["type"])
+
+    key = {"authorization": f"Bearer {KEY}"}
+    own = {"host": "captions.example", "origin": "https://captions.example"}
+    assert await status() == 401
+    assert await status(**key) == "websocket.accept"
+    assert await status(**key, **own) == "websocket.accept"
+    assert await status(**key, **own | {"origin": "https://evil.example"}) == 403
+    await app.stop()
+    # One that says where it listens is as careful about names as `loquent serve` is.
+    monkeypatch.setenv("LOQUENT_HOST", "127.0.0.1")
+    app = create_app()
+    assert await status(**key, **own) == 403
+    await app.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("LOQUENT_MAX_SESSIONS", "many", "LOQUENT_MAX_SESSIONS: .*got 'many'"),
+        ("LOQUENT_API_KEYS", "alice:short", "got a key of 5 characters"),
+        ("LOQUENT_CHUNK_MS", "50", "got chunk_ms 50"),
+        ("LOQUENT_WORKERS", "2", "uvicorn: .*--workers"),
+        ("LOQUENT_TLS_CERT", "cert.pem", "uvicorn: --ssl-certfile"),
+    ],
+)
+def test_an_environment_that_cannot_be_heeded_stops_the_start(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv("LOQUENT_BUNDLE", str(tiny_bundle))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        create_app()
 
 
 @pytest.mark.parametrize(
@@ -214,6 +301,7 @@ async def test_files_that_get_no_text(
         return int((await client.get())["status"])
 
     assert await status("/v1/other", body) == 405
+    assert await status(PATH, b"", method="OPTIONS") == 200
     assert await status(PATH, b"") == 400
     assert await status(PATH, body, headers=[(b"content-length", b"99999999")]) == 413
     # Gone in the middle of the file, and while it is recognised.

@@ -162,9 +162,11 @@ def test_sessions_per_key_and_per_address() -> None:
 def test_seats_taken_between_request_and_session() -> None:
     gate = Gate(keys=Keys(), limits=Limits(sessions_per_address=1))
     first, second = (gate.admit("192.0.2.1", ask()) for _ in range(2))
-    with gate.seat(first), pytest.raises(WireError) as caught, gate.seat(second):
-        pass
-    assert caught.value.code == "busy"
+    assert gate.full(second) is None
+    with gate.seat(first), pytest.raises(Refused, match="address") as caught:
+        gate.check(second)
+    assert caught.value.status == HTTPStatus.TOO_MANY_REQUESTS
+    gate.check(second)
 
 
 def test_this_machine_has_no_limit_and_a_proxy_is_believed_only_if_trusted() -> None:
@@ -279,6 +281,37 @@ async def test_a_server_with_keys(tiny: Recognizer, caplog: pytest.LogCaptureFix
     assert "key of alice" in caplog.text
     assert KEY not in caplog.text
     assert OTHER not in caplog.text
+
+
+async def test_a_page_is_told_that_its_key_has_no_seat(tiny: Recognizer) -> None:
+    """Programs see the status of a refusal, pages do not: they are let in, and take no place."""
+    mine = {"subprotocols": [Subprotocol(name) for name in ("loquent.v1", "token", KEY)]}
+    config = {"limits": Limits(sessions_per_key=1), "max_sessions": 2, "max_waiting": 0}
+    async with (
+        serving(tiny, keys=KEYS, **config) as (server, url),
+        connect(url, proxy=None, **mine) as first,
+    ):
+        await first.send(START)
+        await first.recv()
+        page = f"http://127.0.0.1:{server.port}"
+        [error], code = await talk(url, origin=page, **mine)
+        assert (error["type"], error["code"], code) == ("error", "busy", 1013)
+        assert "alice" in error["message"]
+        with pytest.raises(InvalidStatus) as caught:
+            await talk(url, **mine)
+        assert caught.value.response.status_code == 429
+        # One that does not even answer our close frame keeps nobody out.
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(
+            f"GET {PATH}?token={KEY} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n"
+            f"Origin: {page}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+            "Sec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        await reader.readuntil(b"busy")
+        said, _ = await talk(f"{url}?token={OTHER}", START, END)
+        assert [message["type"] for message in said] == ["ready", "ended"]
+        writer.close()
 
 
 async def test_nothing_inflates(tiny: Recognizer) -> None:

@@ -275,6 +275,7 @@ def test_hotwords_on_the_wire() -> None:
         ('[{"phrase": "x", "weight": 1}]', "expected a list of phrases"),
         ('[""]', "got an empty hotword"),
         (json.dumps(["x"] * 5001), "got 5001 hotwords, expected at most 5000"),
+        (json.dumps(["x" * 100] * 1001), "100100 characters together, expected at most 100000"),
     ],
 )
 def test_hotwords_that_do_not_work(hotwords: str, said: str) -> None:

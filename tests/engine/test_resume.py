@@ -22,6 +22,7 @@ from loquent.clients.client import Session, UnreachableError, _returning, connec
 from loquent.engine.auth import Keys
 from loquent.engine.errors import ConfigError
 from loquent.engine.events import Ended, Event, Final, Finalized, Partial
+from loquent.engine.handover import Handed
 from loquent.engine.hotwords import Hotword
 from loquent.engine.limits import Limits
 from loquent.engine.protocol import Resume, Start, WireError
@@ -189,6 +190,61 @@ async def test_nothing_is_sent_twice_when_the_end_is_lost(tiny: Recognizer, tone
                     session._connection.transport.abort()
         assert isinstance(events[-1], Ended)
         assert [event.segment for event in events if isinstance(event, Final)] == [0, 1]
+
+
+@pytest.mark.parametrize("code", [1000, 1001, None])
+async def test_who_leaves_properly_is_not_waited_for(tiny: Recognizer, code: int | None) -> None:
+    """Its seat is free at once, and its token good for nothing."""
+    limits = Limits(sessions_per_key=1)
+    async with serving(tiny, limits=limits, keys=Keys.from_environment(f"alice:{KEY}")) as server:
+        url = f"ws://127.0.0.1:{server.port}/v1/stream"
+        for _ in range(2):
+            session = Session(url, Start(sample_rate=16000, resume=True), 5.0, KEY)
+            await session.open()
+            connection = session._connection
+            if code is None:  # as a page does with a plain close()
+                connection.protocol.send_close()
+                connection.send_data()
+                await connection.wait_closed()
+            else:
+                await connection.close(code)
+            async with asyncio.timeout(5):
+                while server.sessions:
+                    await asyncio.sleep(0.01)
+        assert session.ready.resume is not None
+        hello = Resume(token=session.ready.resume.token).encode()
+        with pytest.raises(WireError, match="not kept"):
+            await Session(url, Start(sample_rate=16000), 5.0, KEY)._open(_returning(url), hello)
+
+
+async def test_an_attempt_to_come_back_that_takes_too_long_is_not_the_last(
+    tiny: Recognizer, tones: Speak
+) -> None:
+    """The client gives up a connection over which its session had just been resumed."""
+    pcm = np.round(tones(SPEECH) * 32767).astype("<i2")
+    async with serving(tiny) as server, proxy(server, []) as wire:
+        copy = Wire._copy
+
+        async def slow(
+            reader: asyncio.StreamReader, writer: asyncio.StreamWriter, budget: int | None
+        ) -> None:
+            if writer in wire.pairs[2:3]:  # to the client, on its second connection
+                writer.write(await reader.read(4096))  # the handshake
+                await asyncio.sleep(1.2)
+            await copy(reader, writer, budget)
+
+        url = f"ws://127.0.0.1:{wire.port}/v1/stream"
+        async with asyncio.timeout(30), connect(url, Start(sample_rate=16000, resume=True)) as one:
+            await one.send(pcm[:30000])
+            wire._copy = slow  # type: ignore[method-assign]
+            one._patience = 0.5
+            one._connection.transport.abort()
+            await one.send(pcm[30000:])
+            await one.end()
+            finals = [event.text async for event in one if isinstance(event, Final)]
+    assert one.connections == 2
+    assert wire.connections >= 3
+    assert finals == [final.text for final in tiny.transcribe(pcm)]
 
 
 async def test_a_token_is_good_for_its_own_session_only(tiny: Recognizer) -> None:
@@ -387,6 +443,44 @@ async def test_restarted_anywhere_the_transcript_is_the_same(
     assert session.connections > 1
     assert folder.stat().st_mode & 0o777 == 0o700
     assert list(folder.iterdir()) == []
+
+
+async def test_a_server_that_stops_while_it_fetches_a_session_passes_it_on(
+    tiny: Recognizer, tones: Speak, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has taken out of the folder is nowhere else."""
+    pcm, packets = tones(SPEECH), [800] * 20
+    async with serving(tiny) as server:
+        whole, _ = await transcript(server.port, pcm, packets, 0)
+    config = ServerConfig(port=0, snapshots=tmp_path / "sessions")
+    fetching = threading.Event()
+    async with contextlib.AsyncExitStack() as proxies:
+        server = Server(tiny, config)
+        await server.__aenter__()
+        wire = await proxies.enter_async_context(proxy(server, []))
+        talking = asyncio.create_task(transcript(wire.port, pcm, packets, 0, 0.02, resume=True))
+        await asyncio.sleep(0.2)
+        await server.__aexit__()
+        server = Server(tiny, config)
+        await server.__aenter__()
+        folder = server.host.folder
+        assert folder is not None
+        take = folder.take
+
+        def slowly(token: str) -> Handed | None:
+            handed = take(token)
+            fetching.set()
+            time.sleep(0.3)
+            return handed
+
+        monkeypatch.setattr(folder, "take", slowly)
+        wire.target = server.port
+        await asyncio.to_thread(fetching.wait, 10)
+        await server.__aexit__()
+        async with Server(tiny, config) as server:
+            wire.target = server.port
+            events, _ = await talking
+    assert settled(events) == settled(whole)
 
 
 def test_a_folder_that_others_may_read_is_refused(tiny: Recognizer, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loquent.engine import Hotword, snapshot
+from loquent.engine.endpoint import EndpointRules
 from loquent.engine.errors import SnapshotError
 from loquent.engine.events import Event, Final, Finalized
 from loquent.engine.ngram import Ngram
@@ -85,6 +86,18 @@ def test_moved_anywhere_the_events_are_the_same(
     assert run(tiny, tiny.stream(**options), pcm, packet, finalize_at, cuts) == whole
     everywhere = dict.fromkeys(range(count), again)
     assert run(tiny, tiny.stream(**options), pcm, packet, finalize_at, everywhere) == whole
+
+
+def test_rules_that_changed_stay_changed(tiny: Recognizer, again: Recognizer, tones: Speak) -> None:
+    def stream() -> Stream:
+        fresh = tiny.stream(chunk_ms=80)
+        fresh.set_endpoint(EndpointRules(trailing_silence=2.0))
+        return fresh
+
+    pcm = tones(SPEECH)
+    whole = run(tiny, stream(), pcm, 2000, -1)
+    assert sum(isinstance(event, Final) for event in whole) == 1
+    assert run(tiny, stream(), pcm, 2000, -1, dict.fromkeys(range(5, 20, 3), again)) == whole
 
 
 def test_words_put_right_stay_right(

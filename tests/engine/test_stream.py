@@ -56,6 +56,31 @@ def test_silence_for_a_minute_says_nothing(tiny: Recognizer, run: Run) -> None:
     assert events == [Ended(duration=60.0, segments=0)]
 
 
+@pytest.mark.parametrize("on_a_branch", [False, True])
+def test_rules_may_change_between_two_chunks(
+    tiny: Recognizer, tones: Speak, run: Run, on_a_branch: bool
+) -> None:
+    """What was heard so far goes on as it was; the silence so far counts."""
+    pcm = tones([(1, 0.1), (0, 0.6), (3, 0.1), (0, 0.6), (5, 0.1), (0, 0.6), (1, 0.1), (0, 0.6)])
+    stream = tiny.stream(chunk_ms=80, endpoint=EndpointRules(trailing_silence=0.3))
+    stream.accept(pcm[:16000])
+    if on_a_branch:
+        stream.finalize()
+        while stream._trunk is None:
+            tiny.step([stream])
+    else:
+        while stream.ready:
+            tiny.step([stream])
+    stream.set_endpoint(EndpointRules(trailing_silence=2.0))
+    events = [*stream.events(), *run(tiny, stream, pcm[16000:], [1600])]
+    if on_a_branch:
+        assert text(events) == "ba / ki / so ba"
+        assert [final.reason for final in finals(events)] == ["endpoint", "finalize", "end"]
+    else:
+        assert text(events) == "ba / ki so ba"
+        assert [final.reason for final in finals(events)] == ["endpoint", "end"]
+
+
 # The interface
 
 

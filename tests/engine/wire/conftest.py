@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loquent.engine.lane import Marked
-from loquent.engine.protocol import Audio, End, Finalize, Progress, Ready, SetHotwords
+from loquent.engine.protocol import Audio, End, Finalize, Progress, Ready, SetEndpoint, SetHotwords
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.stream import Stream
 from loquent.engine.wire.session import (
@@ -91,7 +91,7 @@ class Conversation:
         else:
             self._hear(action)
 
-    def _hear(self, action: Audio | Mark | Finalize | SetHotwords | End) -> None:
+    def _hear(self, action: Audio | Mark | Finalize | SetHotwords | SetEndpoint | End) -> None:
         stream = self._stream
         assert stream is not None, "opened before it hears"
         said: list[Action] = []
@@ -103,6 +103,8 @@ class Conversation:
             stream.finalize()
         elif isinstance(action, SetHotwords):
             stream.set_hotwords(action.hotwords)
+        elif isinstance(action, SetEndpoint):
+            stream.set_endpoint(action.endpoint)
         elif isinstance(action, End):
             stream.finish()
         said += self._advance(stream)

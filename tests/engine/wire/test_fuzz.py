@@ -24,6 +24,7 @@ from loquent.engine.protocol import (
     Finalize,
     Progress,
     Ready,
+    SetEndpoint,
     Start,
     WireError,
     as_wire_error,
@@ -124,6 +125,9 @@ class Conversation:
                     self._step()
             case Mark():
                 self._perform(self.wire.event(Marked(), PROGRESS))
+            case SetEndpoint(endpoint=endpoint):
+                assert self.stream is not None, "protocols start before they change rules"
+                self.stream.set_endpoint(endpoint)
             case Finalize():
                 assert self.stream is not None, "protocols start before they finalize"
                 self.stream.finalize()
@@ -235,6 +239,8 @@ likely = [
     '{"type": "Finalize"}',
     '{"type": "CloseStream"}',
     '{"type": "session.update", "session": {"type": "transcription"}}',
+    '{"type": "session.update", "session": {"turn_detection": null}}',
+    '{"type": "session.update", "session": {"turn_detection": {"silence_duration_ms": 900}}}',
     '{"type": "input_audio_buffer.append", "audio": "' + "AAAA" * 400 + '"}',
     '{"type": "input_audio_buffer.commit", "event_id": "\\ud800"}',
     '{"type": "input_audio_buffer.clear"}',
@@ -288,7 +294,7 @@ def test_a_session_does_not_grow(tiny: Recognizer, path: str) -> None:
     query = "?encoding=linear16&sample_rate=16000"
     gc.collect()
     gc.freeze()  # what is there already takes no part in the collections below
-    for repeated in (bytes(64), *likely[3:15], b"R"):
+    for repeated in (bytes(64), *likely[3:17], b"R"):
         wire = open_session(
             Handshake.parse(path + query, {}), Context(session="0" * 16, bundle="tiny")
         )

@@ -40,8 +40,14 @@ CONVERSATIONS: dict[str, tuple[Any, str, int]] = {
         16000,
     ),
     "deepgram_finals": (DeepgramSession, LISTEN, 16000),
+    "deepgram_utterances": (
+        DeepgramSession,
+        f"{LISTEN}&interim_results=true&utterance_end_ms=1000&endpointing=false",
+        16000,
+    ),
     "openai_turns": (OpenAiSession, "/v1/realtime?intent=transcription", 24000),
     "openai_commits": (OpenAiSession, "/v1/realtime?model=gpt-4o-transcribe", 24000),
+    "openai_hands_free": (OpenAiSession, "/v1/realtime?intent=transcription", 24000),
     "openai_beta": (OpenAiSession, "/v1/realtime?intent=transcription", 24000),
 }
 

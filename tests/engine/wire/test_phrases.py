@@ -16,7 +16,8 @@ from loquent.engine.protocol import Progress
 from loquent.engine.wire.deepgram import DeepgramSession
 from loquent.engine.wire.openai import OpenAiSession
 from loquent.engine.wire.phrases import listed
-from loquent.engine.wire.session import Context, Handshake
+from loquent.engine.wire.session import Context, Handshake, Refused
+from loquent.engine.wire.transcription import Options as TranscriptionOptions
 from loquent.engine.wire.written import written
 
 LISTEN = "/v1/listen?encoding=linear16&sample_rate=16000"
@@ -138,3 +139,33 @@ def test_openai_keywords_and_prompts_are_hotwords() -> None:
     for keywords in ("Ada", [1], [""], ["x"] * 6000):
         [error] = change(keywords=keywords)
         assert json.loads(error.text)["error"]["param"] == "keywords"
+
+
+def test_lists_that_would_hold_up_the_event_loop_are_not_even_looked_at() -> None:
+    asked = []
+
+    def spells(phrase: str) -> bool:
+        asked.append(phrase)
+        return True
+
+    context = Context(session="s", bundle="b", spells=spells)
+    deepgram = DeepgramSession(Handshake.parse(LISTEN, {}), context)
+    openai = OpenAiSession(Handshake.parse("/v1/realtime", {}), context)
+    deepgram.connected()
+    most = [f"{i:020}" for i in range(500)]
+    for keywords in (most, [*most[1:], "x" * 21]):
+        about = {"audio": {"input": {"transcription": {"keywords": keywords}}}}
+        update = json.dumps({"type": "session.update", "session": about})
+        configure = json.dumps({"type": "Configure", "keyterms": keywords})
+        [updated], [configured, *_] = openai.receive(update), deepgram.receive(configure)
+        answers = [json.loads(answer.text) for answer in (updated, configured)]  # type: ignore[union-attr]
+        if keywords is most:
+            assert [answer["type"] for answer in answers] == ["session.updated", "ConfigureSuccess"]
+            assert len(asked) == 2 * len(most)
+    why = "500 phrases of 10001 characters together, expected at most 10000; give names"
+    assert answers[0]["error"]["param"] == "keywords"
+    assert why in answers[0]["error"]["message"]
+    assert why in answers[1]["description"]
+    assert len(asked) == 2 * len(most)
+    with pytest.raises(Refused, match="characters together"):
+        TranscriptionOptions.parse({"keywords": ["x" * 99 + str(i) for i in range(101)]}, ["en"])

@@ -17,13 +17,15 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loquent.engine.protocol import END, FINALIZE, WireError
+from loquent.engine.events import Ended, Final, Partial, Word
+from loquent.engine.lane import Marked
+from loquent.engine.protocol import END, FINALIZE, Progress, SetEndpoint, WireError
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.wire.deepgram import DeepgramSession
 from loquent.engine.wire.dispatch import PROTOCOLS
 from loquent.engine.wire.native import NativeSession
 from loquent.engine.wire.openai import OpenAiSession
-from loquent.engine.wire.session import Context, Handshake, Refused
+from loquent.engine.wire.session import Context, Handshake, Mark, Refused
 from loquent.engine.wire.sherpa import SherpaSession
 from loquent.engine.wire.vosk import VoskSession
 
@@ -198,6 +200,23 @@ def test_a_client_that_falls_silent(talk: Any, s16: S16, path: str, audio: bool)
     assert talking.close.code == (1011 if path == "/v1/listen" else 1008)
     assert "got nothing" in talking.close.reason
     assert ("solo" in json.dumps(talking.sent)) == audio
+
+
+@pytest.mark.parametrize(
+    ("kind", "done"),
+    [(VoskSession, '{"eof": 1}'), (SherpaSession, "Done"), (DeepgramSession, FINISH)],
+)
+def test_what_comes_behind_the_end_is_ignored(kind: Any, done: str) -> None:
+    """The result of what came before is still to be sent."""
+    session = kind(Handshake.parse(LISTEN, {}), Context(session="s", bundle="b"))
+    session.connected()
+    session.receive(bytes(800))
+    session.receive(done)
+    for late in (bytes(800), b"\0", done, "hello", '{"reset": 1}'):
+        assert list(session.receive(late)) == []
+    *said, close = session.event(Ended(duration=1.0, segments=0), Progress(received=1, processed=1))
+    assert said
+    assert close.code == 1000
 
 
 # Vosk.
@@ -378,6 +397,68 @@ def test_deepgram_speech_final_comes_after_the_silence_that_was_asked_for(
     assert len(finals("endpointing=200")) > 2
 
 
+UTTERANCES = [(0, 0.2), (1, 0.1), (0, 5.0), (3, 0.1), (4, 0.1), (0, 1.6), (5, 0.1), (0, 2.0)]
+
+
+@pytest.mark.parametrize("packet", [0.02, 0.1, 0.5, 60.0])
+@pytest.mark.parametrize(
+    ("endpointing", "expected"),
+    [
+        ("false", "... ba. END ... kiwi. END ... so. END !"),
+        ("3000", "... ba. END ! ... kiwi. END ... so. END !"),
+        ("300", "... ba! END ... kiwi! END ... so! END ."),
+    ],
+)
+def test_deepgram_utterances_end_with_or_without_an_endpoint(
+    talk: Any, tones: Any, endpointing: str, expected: str, packet: float
+) -> None:
+    """Words are final (.), then the utterance ends, then more is heard, however fast it comes.
+
+    With an exclamation mark it is speech_final: after the silence that was asked for.
+    """
+    data = np.round(tones(UTTERANCES) * 32767).astype("<i2").tobytes()
+    options = f"interim_results=true&utterance_end_ms=1000&endpointing={endpointing}"
+    talking = listen(talk, f"encoding=linear16&{options}")
+    talking.say(*packets(data, [round(i * packet * 32000) for i in range(1, 600)]), FINISH)
+    said: list[str] = []
+    word_end = 0.0
+    for message in talking.sent[:-1]:
+        if message["type"] == "UtteranceEnd":
+            assert message["last_word_end"] == word_end
+            said.append("END")
+            continue
+        [alternative] = message["channel"]["alternatives"]
+        if not message["is_final"]:
+            said += ["..."] if said[-1:] != ["..."] else []
+            continue
+        said.append(alternative["transcript"] + ("!" if message["speech_final"] else "."))
+        word_end = alternative["words"][-1]["end"] if alternative["words"] else word_end
+    assert " ".join(said) == expected
+
+
+def test_deepgram_interim_words_that_are_taken_back_end_no_utterance() -> None:
+    target = f"{LISTEN}&interim_results=true&utterance_end_ms=1000"
+    session = DeepgramSession(Handshake.parse(target, {}), Context(session="s", bundle="b"))
+
+    def kinds(event: Any, now: float) -> list[str]:
+        actions = session.event(event, Progress(received=now, processed=now))
+        messages = [json.loads(action.text) for action in actions]  # type: ignore[union-attr]
+        return [f"{m.get('last_word_end', '')}" if m["type"] != "Results" else "" for m in messages]
+
+    words = (Word(text="ba", start=0.5, end=1.0),)
+    about: dict[str, Any] = {"start": 0.5, "end": 1.0, "words": words}
+    session.event(
+        Final(segment=0, text="ba", reason="endpoint", **about), Progress(received=1, processed=1)
+    )
+    about = {"segment": 1, "start": 1.6, "committed": ""}
+    wrong = (Word(text="na", start=1.6, end=1.7),)
+    assert kinds(Partial(end=1.7, tentative="na", words=wrong, **about), 1.9) == [""]
+    assert kinds(Marked(), 2.1) == []
+    assert kinds(Partial(end=1.6, tentative="", words=(), **about), 2.2) == [""]
+    assert kinds(Marked(), 2.3) == ["1.0"]
+    assert kinds(Marked(), 2.4) == []
+
+
 def test_deepgram_words_of_all_alternatives_lie_in_their_result(talk: Any, s16: S16) -> None:
     talking = listen(talk, "encoding=linear16&interim_results=true&smart_format=true")
     talking.say(s16(16000)[:90_000], '{"type": "Finalize"}', s16(16000)[90_000:], FINISH)
@@ -495,6 +576,78 @@ def test_openai_tells_of_items_that_failed(talk: Any) -> None:
     assert error["error"]["type"] == "server_error"
     assert talking.close.code == 1011
     assert "secret" not in json.dumps(talking.sent)
+
+
+def detect(**fields: Any) -> str:
+    return update(audio={"input": {"turn_detection": fields or None}})
+
+
+def test_openai_turn_detection_may_change_between_appends(talk: Any, tones: Any) -> None:
+    """From push-to-talk to hands-free and back: what an answer says is in force from there on."""
+
+    def say(*story: tuple[int, float]) -> list[str]:
+        pcm = np.round(tones(story, sample_rate=24000) * 32767).astype("<i2").tobytes()
+        said = talking.say(*map(append, packets(pcm, list(range(0, len(pcm), 9600)))))
+        return [m["transcript"] for m in of_type(said, COMPLETED)]
+
+    talking = talk(OpenAiSession, "/v1/realtime")
+    talking.say(detect())
+    assert say((0, 0.2), (1, 0.1), (0, 1.2)) == []
+    [updated] = talking.say(detect(type="server_vad", silence_duration_ms=2000))
+    about = updated["session"]["audio"]["input"]["turn_detection"]
+    assert (about["type"], about["silence_duration_ms"]) == ("server_vad", 2000)
+    assert say((3, 0.1), (4, 0.1), (0, 1.2), (5, 0.1), (0, 1.2)) == []
+    assert say((0, 1.5)) == ["ba kiwi so"]
+    talking.say(detect(type="server_vad", silence_duration_ms=300))
+    assert say((1, 0.1), (0, 0.8), (3, 0.1), (0, 0.8)) == ["ba", "ki"]
+    assert len(of_type(talking.sent, "input_audio_buffer.speech_started")) == 3
+    talking.say(detect())
+    assert say((5, 0.1), (0, 3.0)) == []
+    assert [m["transcript"] for m in of_type(talking.say(COMMIT), COMPLETED)] == ["so"]
+
+
+def test_openai_turns_are_those_of_the_settings_before_the_audio() -> None:
+    """However late they are recognised."""
+    session = OpenAiSession(Handshake(path="/v1/realtime"), Context(session="s", bundle="b"))
+    now = Progress(received=9.0, processed=9.0)
+
+    def final(segment: int) -> list[str]:
+        words = (Word(text="ba", start=segment + 0.0, end=segment + 0.5),)
+        about: dict[str, Any] = {"segment": segment, "start": segment + 0.0, "end": segment + 0.5}
+        actions = session.event(Final(text="ba", words=words, reason="endpoint", **about), now)
+        messages = [json.loads(action.text) for action in actions]  # type: ignore[union-attr]
+        return [m["transcript"] for m in of_type(messages, COMPLETED)]
+
+    session.receive(detect())
+    session.receive(append(bytes(48000)))
+    _, mark, change = session.receive(detect(type="semantic_vad", eagerness="low"))
+    assert mark == Mark()
+    assert isinstance(change, SetEndpoint)
+    assert change.endpoint is not None
+    assert change.endpoint.trailing_silence == 1.6
+    assert len(session.receive(detect(type="semantic_vad", eagerness="low"))) == 1  # no change
+    assert final(0) == []  # of the audio before
+    assert session.event(Marked(), now) == ()
+    assert final(1) == ["ba ba"]
+    session.receive(detect())
+    assert final(2) == ["ba"]
+    assert session.event(Marked(), now) == ()
+    assert final(3) == []
+
+
+@pytest.mark.parametrize(
+    "changed", [{"transcription": {"delay": "minimal"}}, {"format": {"type": "audio/pcmu"}}]
+)
+def test_openai_settings_that_come_too_late_change_nothing(talk: Any, changed: Any) -> None:
+    talking = talk(OpenAiSession, "/v1/realtime")
+    talking.say(append(bytes(4800)))
+    turns = {"type": "server_vad", "silence_duration_ms": 2000}
+    [error] = talking.say(update(audio={"input": {**changed, "turn_detection": turns}}))
+    [param] = {"delay", "format"} & {*changed, *changed.get("transcription", {})}
+    assert error["error"]["param"] == param
+    assert "connect again" in error["error"]["message"]
+    [updated] = talking.say(update())
+    assert updated["session"] == talking.sent[0]["session"]
 
 
 @pytest.mark.parametrize(("delay", "chunk"), [("minimal", 80), ("xhigh", 1280), (None, None)])

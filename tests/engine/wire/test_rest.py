@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
+import socket
+import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +20,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from websockets.asyncio.client import connect
 
-from loquent.engine import upload
+from loquent.engine import rest, upload
 from loquent.engine.auth import Keys
+from loquent.engine.events import Event, Final
 from loquent.engine.limits import Limits
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.server import Server, ServerConfig
@@ -95,7 +100,7 @@ async def test_every_format(tiny: Recognizer, wav: bytes, texts: Texts) -> None:
         assert (await get(response_format="vtt")).startswith("WEBVTT\n")
         assert "-->" in await get(response_format="srt")
         verbose = await get(response_format="verbose_json", model="whisper-1")
-        assert [segment["text"] for segment in verbose["segments"]] == finals
+        assert [segment["text"] for segment in verbose["segments"]] == [f" {t}" for t in finals]
         assert "words" not in verbose
         assert verbose["duration"] == pytest.approx(3.9)
         granular = {"timestamp_granularities[]": ["word"]}
@@ -226,6 +231,140 @@ async def test_keys_and_places(tiny: Recognizer, wav: bytes) -> None:
         assert (await answer(server, request(data)))[0] == 200
 
 
+async def test_a_seat_that_was_taken_while_the_file_stood_in_line(
+    tiny: Recognizer, tones: Any
+) -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tones([(1, 0.5), (0, 1)] * 100), 16000, format="FLAC")
+    data = request(form({"file": buffer.getvalue()}), Authorization=f"Bearer {KEY}")
+    keys = Keys.parse(f"me {KEY}\nyou you-{KEY}\nthey they-{KEY}", "here")
+    async with serving(
+        tiny, keys=keys, limits=Limits(sessions_per_key=1), max_sessions=2
+    ) as server:
+        async with contextlib.AsyncExitStack() as stack:
+            for name in ("you", "they"):
+                address = f"ws://127.0.0.1:{server.port}/vosk?token={name}-{KEY}"
+                await stack.enter_async_context(connect(address, proxy=None))
+            jobs = [asyncio.create_task(answer(server, data)) for _ in range(2)]
+            await asyncio.sleep(0.3)
+        answers = await asyncio.gather(*jobs)
+    assert sorted(status for status, _ in answers) == [200, 429]
+
+
+# A page of another origin, as browsers ask for it.
+ASK = f"OPTIONS {PATH} HTTP/1.1\r\nHost: x\r\nAccess-Control-Request-Method: POST\r\n"
+ASKED = "authorization,x-stainless-os"
+
+
+async def heads(server: Server, data: bytes) -> tuple[int, dict[str, str]]:
+    """Status and headers of what the server says to these bytes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(data)
+    async with asyncio.timeout(30):
+        lines = (await reader.read(-1)).partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")
+    writer.close()
+    await writer.wait_closed()
+    return int(lines[0].split()[1]), dict(line.lower().split(": ", 1) for line in lines[1:])
+
+
+async def test_pages_of_other_origins(tiny: Recognizer, wav: bytes) -> None:
+    """Those that --allow-origin names may ask, send and read, also why they get nothing."""
+    friend, evil = "https://friend.example", "https://evil.example"
+    keys = Keys.parse(f"me {KEY}", "here")
+    async with serving(tiny, allow_origins=[friend], keys=keys) as server:
+        ask = f"{ASK}Access-Control-Request-Headers: {ASKED}\r\nOrigin: %s\r\n\r\n"
+        status, headers = await heads(server, (ask % friend).encode())
+        assert status == 200
+        assert headers["access-control-allow-origin"] == friend
+        assert headers["access-control-allow-headers"] == ASKED
+        assert headers["access-control-allow-methods"] == "post"
+        assert headers["vary"] == "origin"
+        status, headers = await heads(server, (ask % evil).encode())
+        assert not any(name.startswith("access-control") for name in headers)
+        body = form({"file": wav})
+        for origin, key, code in [
+            (friend, KEY, 200),
+            (friend, "wrong", 401),
+            (evil, KEY, 403),
+            ("", KEY, 200),
+        ]:
+            data = request(body, Origin=origin, Authorization=f"Bearer {key}")
+            status, headers = await heads(server, data)
+            assert status == code
+            allowed = friend if origin == friend else None
+            assert headers.get("access-control-allow-origin") == allowed
+        # Raw bytes, in the headers that are said again too, are no error of ours.
+        raw = f"{ASK}Access-Control-Request-Headers: \xff\r\nOrigin: http://\xff".encode("latin-1")
+        assert (await heads(server, raw.replace(b"x\r", b"\xff\r", 1) + b"\r\n\r\n"))[0] == 200
+        assert (await heads(server, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"))[0] == 405
+
+
+async def test_a_client_that_sends_no_more_waits_all_the_same(
+    tiny: Recognizer, tones: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has closed its half. Longer work is interrupted by signs of life, which HTTP allows."""
+    monkeypatch.setattr(rest, "_LOOK", 0.02)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tones([(1, 0.5), (0, 1)] * 20), 16000, format="FLAC")
+    async with serving(tiny) as server:
+        for version, signs in (("HTTP/1.1", True), ("HTTP/1.0", False)):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            data = request(form({"file": buffer.getvalue()}))
+            writer.write(data.replace(b"HTTP/1.1", version.encode(), 1))
+            writer.write_eof()
+            async with asyncio.timeout(30):
+                whole = await reader.read(-1)
+            writer.close()
+            await writer.wait_closed()
+            assert (b"HTTP/1.1 102 " in whole) == signs
+            assert b"HTTP/1.1 200 " in whole
+            assert json.loads(whole.rpartition(b"\r\n\r\n")[2])["text"].startswith("ba")
+
+
+async def test_the_right_context_of_the_server(tiny: Recognizer, wav: bytes) -> None:
+    heard = []
+    stream = tiny.stream
+
+    def watched(**options: Any) -> Any:
+        heard.append(stream(**options))
+        return heard[-1]
+
+    async with serving(tiny, right_context_ms=0) as server:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiny, "stream", watched)
+            assert (await answer(server, request(form({"file": wav}))))[0] == 200
+    assert [stream.latency_ms for stream in heard] == [
+        stream(chunk_ms=160, right_context_ms=0).latency_ms
+    ]
+    assert heard[0].latency_ms < stream(chunk_ms=160).latency_ms
+
+
+async def test_text_is_written_where_the_language_has_a_finisher(
+    write_bundle: Callable[..., Path], run: Callable[..., list[Event]], tmp_path: Path, wav: bytes
+) -> None:
+    english = Recognizer.load(
+        write_bundle(tmp_path / "en", change=lambda m: m.update(languages={"en": "default"}))
+    )
+    pcm = soundfile.read(io.BytesIO(wav), dtype="int16")[0]
+    events = run(english, english.stream(chunk_ms=160, finish=True), pcm, [1600])
+    text = " ".join(event.text for event in events if isinstance(event, Final))
+    assert text[:1].isupper()
+    async with serving(english) as server:
+
+        async def get(**fields: Any) -> Any:
+            return (await answer(server, request(form({"file": wav, **fields}))))[1]
+
+        assert (await get())["text"] == text
+        granular = {"timestamp_granularities[]": ["word", "segment"]}
+        verbose = await get(response_format="verbose_json", **granular)
+        assert verbose["language"] == "english"
+        assert "".join(segment["text"] for segment in verbose["segments"]).strip() == text
+        words = [word["word"] for word in verbose["words"]]
+        assert words == [token.rstrip(",.?") for token in text.split()]
+        cues = (await get(response_format="srt")).split("\n\n")
+        assert " ".join(cue.split("\n", 2)[2] for cue in cues).replace("\n", " ").strip() == text
+
+
 async def test_a_client_that_asks_first_whether_to_go_on(tiny: Recognizer, wav: bytes) -> None:
     head, _, body = request(form({"file": wav}), Expect="100-continue").partition(b"\r\n\r\n")
     async with serving(tiny) as server:
@@ -238,7 +377,10 @@ async def test_a_client_that_asks_first_whether_to_go_on(tiny: Recognizer, wav: 
         await writer.wait_closed()
 
 
-async def test_a_client_that_goes_away_is_forgotten(tiny: Recognizer, tones: Any) -> None:
+@pytest.mark.parametrize("abrupt", [False, True])
+async def test_a_client_that_goes_away_is_forgotten(
+    tiny: Recognizer, tones: Any, abrupt: bool
+) -> None:
     buffer = io.BytesIO()
     soundfile.write(buffer, tones([(1, 0.5), (0, 1)] * 100), 16000, format="FLAC")
     async with serving(tiny) as server:
@@ -246,6 +388,9 @@ async def test_a_client_that_goes_away_is_forgotten(tiny: Recognizer, tones: Any
         writer.write(request(form({"file": buffer.getvalue()})))
         while not server.batcher.lanes:
             await asyncio.sleep(0.01)
+        if abrupt:  # a reset
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         writer.close()
         await writer.wait_closed()
         async with asyncio.timeout(5):
@@ -316,7 +461,7 @@ async def test_keywords_are_hotwords(tiny: Recognizer, wav: bytes) -> None:
     stream = tiny.stream
 
     def watched(**options: Any) -> Any:
-        heard.append([word.phrase for word in options["hotwords"]])
+        heard.append([word.phrase for word in options["hotwords"].hotwords])
         return stream(**options)
 
     async with serving(tiny) as server:

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loquent.engine.batcher import Batcher
+from loquent.engine.endpoint import EndpointRules
 from loquent.engine.events import Ended, Event, Final
 from loquent.engine.lane import Marked
 from loquent.engine.protocol import SUBPROTOCOL
@@ -113,3 +114,32 @@ async def test_marks_come_back_where_they_were_set(
                 assert finals(said) == finals(expected)
                 said = []
         assert next(marks, None) is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_rules_change_where_they_were_set(
+    tiny: Recognizer, tones: Callable[..., Float32], run: Callable[..., list[Event]], seed: int
+) -> None:
+    """However far recognition had come: all audio waits when the other rules are set."""
+    rng = random.Random(seed)
+    pcm = tones([(1 + i % 4, 0.1) if i % 2 else (0, rng.uniform(0.3, 0.7)) for i in range(16)])
+    at = rng.randrange(len(pcm) // 4, len(pcm) // 2)
+    other = EndpointRules(trailing_silence=5.0)
+    stream = tiny.stream(chunk_ms=80, endpoint=EndpointRules(trailing_silence=0.25))
+    stream.accept(pcm[:at])
+    while stream.ready:
+        tiny.step([stream])
+    stream.set_endpoint(other)
+    expected = [*stream.events(), *run(tiny, stream, pcm[at:], [1600])]
+    assert finals(expected)[0].reason == "endpoint"
+    async with Batcher(tiny) as batcher:
+        stream = tiny.stream(chunk_ms=80, endpoint=EndpointRules(trailing_silence=0.25))
+        lane = batcher.add(stream, 16000)
+        await lane.feed(pcm[:at])
+        await lane.set_endpoint(other)
+        await lane.feed(pcm[at:])
+        lane.finish()
+        said: list[Event] = []
+        while not said or not isinstance(said[-1], Ended):
+            said += [event for event, _ in await lane.events() if not isinstance(event, Marked)]
+    assert finals(said) == finals(expected)

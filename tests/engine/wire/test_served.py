@@ -13,8 +13,10 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from loquent.engine.limits import Limits
 from loquent.engine.recognizer import Recognizer
 from loquent.engine.server import Server, ServerConfig
+from loquent.engine.wire.openai import OpenAiSession
 
 S16 = Callable[..., bytes]
 Texts = Callable[..., list[str]]
@@ -76,6 +78,20 @@ async def sherpa(server: Server, data: bytes) -> list[str]:
         return [m["text"] for m in messages if m["is_final"]]
 
 
+async def impatient(server: Server, path: str, data: bytes, done: str) -> list[str]:
+    """A client that goes on sending behind its end, as a microphone that stops late does."""
+    async with connect(address(server, path), proxy=None, max_queue=None) as connection:
+        if path == "/vosk":
+            await connection.send('{"config": {"sample_rate": 16000}}')
+        await connection.send(data)
+        await connection.send(done)
+        for _ in range(20):
+            await connection.send(bytes(4000))
+        messages = await rest(connection)
+        texts = [m["text"] for m in messages if m != "Done!" and m.get("is_final", "text" in m)]
+        return " ".join(texts).split()
+
+
 async def deepgram(server: Server, data: bytes) -> list[str]:
     path = "/v1/listen?encoding=linear16&sample_rate=16000&interim_results=true"
     async with connect(address(server, path), proxy=None) as connection:
@@ -118,6 +134,19 @@ async def test_all_protocols_at_once_on_one_port(tiny: Recognizer, s16: S16, tex
     assert said == [texts(16000)] * len(said)
 
 
+async def test_what_comes_behind_the_end_costs_no_result(
+    tiny: Recognizer, s16: S16, texts: Texts
+) -> None:
+    data = s16(16000)
+    floats = (np.frombuffer(data, "<i2") / 32768).astype("<f4").tobytes()
+    async with Server(tiny, ServerConfig(port=0, chunk_ms=160)) as server:
+        heard = [
+            await impatient(server, "/vosk", data, '{"eof": 1}'),
+            await impatient(server, "/sherpa", floats, "Done"),
+        ]
+    assert heard == [" ".join(texts(16000)).split()] * 2
+
+
 async def test_a_client_in_lock_step_waits_for_nobody(tiny: Recognizer, s16: S16) -> None:
     """An answer comes when this client's audio is done, though another's never ends."""
     async with Server(tiny, ServerConfig(port=0, chunk_ms=160)) as server:
@@ -128,6 +157,30 @@ async def test_a_client_in_lock_step_waits_for_nobody(tiny: Recognizer, s16: S16
                 async with asyncio.timeout(5):
                     assert json.loads(await connection.recv()) == {"partial": ""}
         await flood
+
+
+async def test_who_pushes_to_talk_may_be_silent_in_between(
+    tiny: Recognizer, s16: S16, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's protocol has no KeepAlive, and the server speaks first."""
+    limits = Limits(start_timeout=0.1)
+    async with (
+        Server(tiny, ServerConfig(port=0, limits=limits, idle_timeout=0.1)) as server,
+        connect(address(server, "/v1/realtime"), proxy=None) as connection,
+    ):
+        for _ in range(2):
+            await asyncio.sleep(0.4)
+            audio = base64.b64encode(s16(24000)).decode()
+            append = {"type": "input_audio_buffer.append", "audio": audio}
+            await connection.send(json.dumps(append))
+            await connection.send('{"type": "input_audio_buffer.commit"}')
+            async with asyncio.timeout(10):
+                while not json.loads(await connection.recv())["type"].endswith(".completed"):
+                    pass
+        monkeypatch.setattr(OpenAiSession, "patience", 0.2)
+        await connection.send('{"type": "input_audio_buffer.clear"}')
+        error = (await rest(connection, 1008))[-1]["error"]
+    assert (error["type"], error["code"]) == ("invalid_request_error", "session_expired")
 
 
 async def test_what_a_bare_address_means(tiny: Recognizer) -> None:
