@@ -425,11 +425,12 @@ class Session:
                 case SetEndpoint(endpoint=endpoint):
                     assert self._lane is not None, "protocols start before they change rules"
                     await self._lane.set_endpoint(endpoint)
-                case End() if self._lane is None:  # we stop while the session is still being opened
-                    reason = "the server restarts; connect again"
-                    self._close_with = Close(code=SERVICE_RESTART, reason=reason)
                 case End():
-                    self._lane.finish()
+                    if self._lane is not None:
+                        self._lane.finish()
+                    else:  # we stop while the session is still being opened
+                        reason = "the server restarts; connect again"
+                        self._close_with = Close(code=SERVICE_RESTART, reason=reason)
                 case Close():
                     self._close_with = action
 

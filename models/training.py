@@ -138,7 +138,10 @@ class Objective(nn.Module):
         self.features = (
             nn.Linear(student.config.encoder.width, teacher_width) if teacher_width else None
         )
-        if self.features is not None and teacher_width == student.config.encoder.width:
+        same = teacher_width == student.config.encoder.width
+        # A random map into another basis would pull the encoder anywhere: first it learns alone.
+        self._features_from = 0 if same else 2 * config.warmup
+        if self.features is not None and same:
             # A student that begins as its teacher's layers has no other basis to find.
             nn.init.eye_(self.features.weight)
             nn.init.zeros_(self.features.bias)
@@ -165,7 +168,7 @@ class Objective(nn.Module):
         )
         weight = c.ctc_weight if with_rnnt else 1.0
         loss = weight * losses.ctc + (1 - weight) * losses.rnnt
-        learnt = self._distilled(drawn, batch, start, encoded, frames, losses)
+        learnt = self._distilled(drawn, batch, start, encoded, frames, losses, step)
         for value, share in learnt.values():
             loss = loss + share * value
         return {
@@ -184,6 +187,7 @@ class Objective(nn.Module):
         encoded: Tensor,
         frames: Tensor,
         losses: Losses,
+        step: int,
     ) -> dict[str, tuple[Tensor, float]]:
         """Terms with their weights."""
         d = self.config.distil
@@ -199,7 +203,8 @@ class Objective(nn.Module):
             if d.full_sum:
                 terms["kd_text"] = full_sum(-losses.ctc_B, signals.text_B).sum(), d.full_sum
             if self.features is not None and signals.features_BNE is not None:
-                own = self.features(encoded).float()
+                ours = encoded if step >= self._features_from else encoded.detach()
+                own = self.features(ours).float()
                 kd = feature_distance(own, signals.features_BNE, signals.real_BN, d.metric)
                 terms["kd_features"] = kd, d.features
         beside = self._beside[0].to(encoded.device) if self._beside else None

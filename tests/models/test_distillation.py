@@ -380,3 +380,19 @@ def test_terms_do_not_touch_what_the_teacher_does_not_know() -> None:
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     assert not gradient[2].any()
     assert gradient[0].any()
+
+
+def test_a_map_to_a_teacher_of_another_width_learns_alone_at_first(
+    tiny_config: Callable[[int], StudentConfig],
+) -> None:
+    torch.manual_seed(0)
+    config = TrainConfig(steps=9, warmup=2, rnnt_from=9, distil=Distillation(features=1.0, metric="l2"))
+    batch = collate([torch.randn(32, 80)], [[1, 2]], [0], torch.zeros(80), multiple=4, room=1)
+    signals = collate_signals([[(said(8, 1, True), 32)]], 8, 4)
+    for step, pulls in ((3, False), (4, True)):
+        objective = Objective(Student(tiny_config(12)), config, teacher_width=1)
+        assert objective.features is not None
+        objective(Drawn(batch, 16, 0, signals), step)["kd_features"].backward()
+        assert objective.features.weight.grad is not None
+        encoder = objective.student.encoder.parameters()
+        assert any(p.grad is not None and bool(p.grad.any()) for p in encoder) == pulls
