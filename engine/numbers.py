@@ -32,7 +32,9 @@ _ORDINALS = {word: value for value, word in enumerate(_RANKS, 1)} | {
 _MONTHS = frozenset(
     _words("january february march april may june july august september october november december")
 )
-_CURRENCIES = {"dollar": "$", "dollars": "$", "euro": "€", "euros": "€", "pounds": "£"}
+_CURRENCIES = {"dollar": "$", "dollars": "$", "euro": "€", "euros": "€"}  # pounds weigh
+_VERBS = frozenset({"march", "may"})
+_DATE_BEFORE = frozenset(_words("on of by until till since before after from to next last every"))
 _TIME_BEFORE = frozenset(
     _words("at by until till around before after from to morning afternoon evening")
 )
@@ -121,12 +123,15 @@ class _Reader:
         if not value and self._word(then) in _ORDINALS:
             value, then = _ORDINALS[self._word(then)], then + 1
         if value:
-            in_date = self._word(at - 1) in _MONTHS or (
-                self._word(then) == "of" and self._word(then + 1) in _MONTHS
+            month = self._word(at - 1)
+            in_date = (
+                month in _MONTHS - _VERBS
+                or (month in _VERBS and self._word(at - 2) in _DATE_BEFORE | {""})
+                or (self._word(then) == "of" and self._word(then + 1) in _MONTHS)
             )
             return Span(_nth(value), at, then) if in_date or value >= 10 else None
         # "june five", but "march two" and "may five" are words as often as dates.
-        if self._word(at - 1) in _MONTHS - {"march", "may"}:
+        if self._word(at - 1) in _MONTHS - _VERBS:
             day = self._below_hundred(at)
             if day and 1 <= day[0] <= 31 and not self._counts(day[1]):
                 return Span(str(day[0]), at, day[1])
@@ -143,6 +148,8 @@ class _Reader:
         rest = self._below_hundred(then)
         if rest is None or rest[0] < 10 or self._word(rest[1]) in {"hundred", *_SCALES}:
             return None
+        if any(self._word(near) in _UNITS.keys() | _TENS.keys() for near in (at - 1, rest[1])):
+            return None  # somebody counts
         return Span(f"{century[0]}{rest[0]}", at, rest[1])
 
     def _digits(self, at: int) -> Span | None:
@@ -166,7 +173,8 @@ class _Reader:
         value, then = found
         text = _grouped(value)
         decimal = False
-        if self._word(then) == "point" and _UNITS.get(self._word(then + 1), 10) <= 9:
+        idiom = value == 1 and self._word(at - 1) == "at"  # "at one point two men came"
+        if not idiom and self._word(then) == "point" and _UNITS.get(self._word(then + 1), 10) <= 9:
             then, text, decimal = then + 1, f"{value}.", True
             while (digit := _UNITS.get(self._word(then), 10)) <= 9:
                 text, then = text + str(digit), then + 1
@@ -194,7 +202,7 @@ class _Reader:
 
     def _half_of_day(self, at: int) -> tuple[str, int]:
         word = self._word(at)
-        if word in ("am", "pm"):
+        if word in ("am", "pm") and self._word(at + 1) != "i":  # "which one am i"
             return word, at + 1
         if word in ("a", "p") and self._word(at + 1) == "m":
             return f"{word}m", at + 2

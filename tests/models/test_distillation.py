@@ -386,7 +386,8 @@ def test_a_map_to_a_teacher_of_another_width_learns_alone_at_first(
     tiny_config: Callable[[int], StudentConfig],
 ) -> None:
     torch.manual_seed(0)
-    config = TrainConfig(steps=9, warmup=2, rnnt_from=9, distil=Distillation(features=1.0, metric="l2"))
+    distil = Distillation(features=1.0, metric="l2")
+    config = TrainConfig(steps=9, warmup=2, rnnt_from=9, distil=distil)
     batch = collate([torch.randn(32, 80)], [[1, 2]], [0], torch.zeros(80), multiple=4, room=1)
     signals = collate_signals([[(said(8, 1, True), 32)]], 8, 4)
     for step, pulls in ((3, False), (4, True)):
