@@ -148,7 +148,9 @@ class _Reader:
         rest = self._below_hundred(then)
         if rest is None or rest[0] < 10 or self._word(rest[1]) in {"hundred", *_SCALES}:
             return None
-        if any(self._word(near) in _UNITS.keys() | _TENS.keys() for near in (at - 1, rest[1])):
+        before = _UNITS.get(self._word(at - 1)) if self._word(at - 2) not in _MONTHS else None
+        after = self._below_hundred(rest[1])
+        if before == century[0] - 1 or (after and after[0] == rest[0] + 1):
             return None  # somebody counts
         return Span(f"{century[0]}{rest[0]}", at, rest[1])
 

@@ -51,7 +51,10 @@ def written(text: str) -> str:
         ("two million people", "2 million people"),
         ("five five five one two oh four", "5551204"),
         ("about twenty or thirty", "about 20 or 30"),
+        ("june five twenty twenty six", "june 5 2026"),
+        ("june nineteen twenty twenty six", "june 19 2026"),
         ("ten eleven twelve thirteen fourteen", "10 11 12 13 14"),
+        ("thirteen fourteen fifteen sixteen", "13 14 15 16"),
         ("at seven am", "at 7 am"),
         # Words that stay words.
         ("you may first of all check", "you may first of all check"),

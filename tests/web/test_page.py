@@ -61,6 +61,13 @@ Browse = Callable[..., AbstractContextManager[Browser]]
 Transcribe = Callable[[Path], list[str]]
 
 
+def check_against_recording(shown: list[str], folder: Path, transcribe: Transcribe) -> None:
+    """The page has shown all that the server's only recording says."""
+    (recorded,) = folder.glob("*.wav")
+    assert shown
+    assert shown == transcribe(recorded)
+
+
 class Watched:
     """A page, and everything about it that must not happen."""
 
@@ -394,9 +401,7 @@ def test_a_double_click_on_stop_costs_no_words(
         expect(page.get_by_role("button", name="Start")).to_be_visible()  # and does not begin again
         assert watched.complaints == []
     assert server.end() == 0
-    (recorded,) = tmp_path.glob("*.wav")
-    assert shown
-    assert shown == transcribe(recorded)
+    check_against_recording(shown, tmp_path, transcribe)
 
 
 def test_the_rest_is_skipped_by_a_press_that_is_meant(
@@ -477,9 +482,7 @@ def test_a_microphone_that_the_browser_pauses(
         assert len(watched.ready) == 1
         assert watched.complaints == []
     assert server.end() == 0
-    (recorded,) = tmp_path.glob("*.wav")
-    assert shown
-    assert shown == transcribe(recorded)
+    check_against_recording(shown, tmp_path, transcribe)
 
 
 def test_a_microphone_that_falls_silent_for_good(
@@ -502,9 +505,7 @@ def test_a_microphone_that_falls_silent_for_good(
         shown = watched.finals
         assert watched.complaints == []
     assert server.end() == 0
-    (recorded,) = tmp_path.glob("*.wav")
-    assert shown
-    assert shown == transcribe(recorded)
+    check_against_recording(shown, tmp_path, transcribe)
 
 
 def test_the_screen_stays_on_while_there_is_something_to_hear(serve: Serve, browse: Browse) -> None:
