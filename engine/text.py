@@ -27,6 +27,8 @@ _BYTES = re.compile("(?:<0x[0-9A-F]{2}>)+")
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "`": "'"})
 # Hyphens and dashes join words in print but are silent.
 _SILENT = re.compile(r"[-–—_/]")
+# "yes,no" is two words, "3,000" and "U.S." are one each.
+_BETWEEN = re.compile(r"(?<=[^\W\d_])(?:[,;:!?…]|\.{2,})+(?=[^\W\d_])")
 _QUOTING = re.compile(r"(?<!\w)'|'(?!\w)")
 
 
@@ -44,7 +46,7 @@ def normalise(text: str) -> str:
     Letters, marks and digits of any script are kept: a language's own alphabet is not ours to cut.
     """
     text = unicodedata.normalize("NFC", text).translate(_APOSTROPHES).lower()
-    text = _SILENT.sub(" ", text)
+    text = _BETWEEN.sub(" ", _SILENT.sub(" ", text))
     text = "".join(
         c for c in text if c.isspace() or c == "'" or unicodedata.category(c)[0] in "LMN"
     )

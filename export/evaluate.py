@@ -46,12 +46,13 @@ from loquent.export.results import (
 from loquent.export.streaming import BATCH, Said, stream_all
 from loquent.models.align import AlignmentError
 from loquent.models.checkpoint import CheckpointError
-from loquent.models.data import DataError, Utterance, read_manifest
+from loquent.models.data import DataError, Utterance, read_manifest, refuse_overwriting
 from loquent.models.noise import Noise, mix, open_noise
 
 Float32 = NDArray[np.float32]
 # Measured steps by number of streams.
 SPEED_STEPS = {1: 100, 16: 30}
+_SCORED = "expected text without digits (it does not say how they are read) and at most 30 s"
 
 
 class Clips:
@@ -62,6 +63,7 @@ class Clips:
         noise: where noise comes from, if any is mixed in.
         snr_db: how far it is below the speech. The same clip gets the same noise every time.
         quieter_db: by which the clips are quieter, as 16-bit samples.
+        lead: seconds of silence in front of them, as a stream has before somebody speaks.
         channel: of :mod:`loquent.export.channel`, which they have gone through.
     """
 
@@ -72,15 +74,18 @@ class Clips:
         snr_db: float = 0.0,
         *,
         quieter_db: float = 0.0,
+        lead: float = 0.0,
         channel: str = "",
     ) -> None:
         self.utterances = utterances
         self.noise, self.snr_db, self.quieter_db = noise, snr_db, quieter_db
-        self.channel = channel
+        self.lead, self.channel = lead, channel
         self.label = channel or (CLEAN if noise is None else f"{snr_db:g} dB")
         if quieter_db:
             self.label = f"{quieter_db:g} dB quieter"
-        self.seconds = sum(u.duration for u in utterances)
+        if lead:
+            self.label = f"{lead:g} s later"
+        self.seconds = sum(u.duration + lead for u in utterances)
         self.reading = 0.0  # processor seconds spent here, which are not the recogniser's
 
     def get(self, i: int, sample_rate: int = 16000) -> Float32:
@@ -96,6 +101,7 @@ class Clips:
             pcm = through(self.channel, pcm, sample_rate)
         if self.quieter_db:
             pcm = (np.round(32768 * 10 ** (-self.quieter_db / 20) * pcm) / 32768).astype(np.float32)
+        pcm = np.pad(pcm, (round(self.lead * sample_rate), 0))
         self.reading += time.process_time() - before
         return pcm
 
@@ -175,7 +181,8 @@ def evaluate(
         ),
         cpu_seconds=cpu,
         audio_seconds=clips.seconds,
-        delays=delays.measure(said) if delays else (),
+        # The words of clips that begin later are later than the transcript's alignment.
+        delays=delays.measure(said) if delays and not clips.lead else (),
     )
 
 
@@ -253,6 +260,15 @@ def _parser() -> argparse.ArgumentParser:
         "be repeated",
     )
     parser.add_argument(
+        "--lead",
+        type=float,
+        action="append",
+        default=[],
+        metavar="SECONDS",
+        help="also with so much silence in front of each clip, as a stream has before somebody "
+        "speaks; may be repeated",
+    )
+    parser.add_argument(
         "--channel",
         choices=tuple(CHANNELS),
         action="append",
@@ -317,9 +333,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
+    if args.lines:
+        refuse_overwriting(args.lines, [args.manifest])
     utterances = read_manifest(args.manifest)
+    rows = sum(bool(line.strip()) for line in args.manifest.read_text("utf-8").split("\n"))
     if not utterances:
-        raise DataError(f"{args.manifest}: no usable row")
+        raise DataError(f"{args.manifest}: none of {rows} rows can be scored: {_SCORED}")
+    if left_out := rows - len(utterances):
+        print(f"{args.manifest}: {left_out} of {rows} rows left out: {_SCORED}", file=sys.stderr)
     folders = {"whisper-tiny": args.whisper_tiny, "whisper-base": args.whisper_base}
     peers = open_peers(args.peers, {name: path for name, path in folders.items() if path})
     conditions = [Clips(utterances)]
@@ -330,6 +351,10 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
         if not 0 < level <= 100:
             raise DataError(f"got --quieter {level:g}, expected more than 0 and at most 100 dB")
         conditions.append(Clips(utterances, quieter_db=level))
+    for lead in args.lead:
+        if not 0 < lead <= 60:
+            raise DataError(f"got --lead {lead:g}, expected more than 0 and at most 60 seconds")
+        conditions.append(Clips(utterances, lead=lead))
     conditions += [Clips(utterances, channel=name) for name in args.channel]
     batch = args.batch or (1 if peers else BATCH)
     kept = Kept(args.resume)

@@ -145,8 +145,18 @@ class Trials:
                     ids[i] += [token.id for frame in said for token in frame.tokens]
             for tokens, search in zip(ids, searches, strict=True):
                 tokens += [token.id for token in search.flush()]
-                texts.append(join_pieces([self._bundle.tokens[token] for token in tokens]))
+                text = join_pieces([self._bundle.tokens[token] for token in tokens])
+                texts.append(self._spelt(text))
         return texts
+
+    def _spelt(self, text: str) -> str:
+        """As a stream puts its words right: what it would not show is not to be judged."""
+        if (speller := self._decoders.speller) is None:
+            return text
+        words: list[str] = []
+        for word in text.split():
+            words.append(speller.fix(word, tuple(words[-2:]), ()))
+        return " ".join(words)
 
 
 def tune(

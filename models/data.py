@@ -15,7 +15,7 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,13 @@ from loquent.models.text import normalise
 
 class DataError(ValueError):
     """A manifest is wrong; the message says where and what to do."""
+
+
+def refuse_overwriting(output: Path, inputs: Iterable[Path | None]) -> None:
+    """Raise DataError if a command would write over what it reads."""
+    for path in inputs:
+        if path is not None and output.exists() and path.exists() and output.samefile(path):
+            raise DataError(f"{output} is an input, which the output would destroy; rename one")
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,15 @@ def _features_of(job: tuple[Path, FeatureSpec]) -> NDArray[np.float16]:
     return fbank(spec, load_audio(path, sample_rate=spec.sample_rate)).astype(np.float16)
 
 
+def _stamp(path: Path) -> str:
+    """Changes when the file does."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ""  # which reading it will say better
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
 class FeatureSource(Protocol):
     """Where training takes its features from: a cache, or waveforms that are changed each time."""
 
@@ -131,7 +147,7 @@ class FeatureCache:
     Args:
         utterances: in the order that indices refer to.
         spec: the features.
-        folder: where the cache lives; reused when utterances and spec are the same.
+        folder: where the cache lives; reused when utterances, their files and spec are the same.
         workers: processes that compute features.
     """
 
@@ -142,7 +158,7 @@ class FeatureCache:
         self.spec = spec
         key = hashlib.sha256(spec.digest().encode())
         for u in self.utterances:
-            key.update(f"{u.audio.resolve()}\0".encode())
+            key.update(f"{u.audio.resolve()}\0{_stamp(u.audio)}\0".encode())
         stem = folder / key.hexdigest()[:16]
         index, data = stem.with_suffix(".npy"), stem.with_suffix(".f16")
         if not index.exists():
@@ -192,8 +208,9 @@ class Augment:
 
     Attributes:
         tempo: largest relative change of speed, by linear interpolation in time.
-        warp: largest relative change of the frequency axis (vocal-tract length, arXiv 1305.0445
-            style, on the mel axis).
+        lead: how often a pause is put in front (streams do not begin with a word), and how long it
+            is at most, in seconds.
+        warp: largest relative change of frequencies (vocal-tract length; Jaitly and Hinton, 2013).
         gain: largest change of level in dB, drawn uniformly (for ``log10`` features).
         freq_masks, freq_width: SpecAugment (arXiv 1904.08779) masks over mel bins.
         time_masks, time_width: the same over frames; at most a tenth of an utterance each.
@@ -205,6 +222,7 @@ class Augment:
     """
 
     tempo: float = 0.12
+    lead: tuple[float, float] = (0.5, 1.0)
     warp: float = 0.10
     gain: float = 8.0
     freq_masks: int = 2
@@ -239,7 +257,7 @@ def augment(
     out_frames = max(1, round(frames / tempo))
     # Pixel centres of the output in [-1, 1] coordinates of the input.
     time = (torch.arange(out_frames) + 0.5) * (2.0 / out_frames) - 1
-    freq = ((torch.arange(bins) + 0.5) * (2.0 / bins)) * warp - 1
+    freq = (torch.from_numpy(_warped_bins(spec, warp)) + 0.5) * (2.0 / bins) - 1
     grid = torch.stack(torch.meshgrid(time, freq, indexing="ij")[::-1], dim=-1)
     x = F.grid_sample(
         x_TF[None, None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
@@ -261,6 +279,37 @@ def augment(
         start = int(rng.integers(0, out_frames - width + 1))
         x[start : start + width] = mean
     return x
+
+
+def pause(x_TF: Tensor, spec: FeatureSpec, settings: Augment, rng: np.random.Generator) -> Tensor:
+    """What may be put in front of an utterance: (P, F), P = 0 for none.
+
+    As quiet as the quietest parts of the utterance, as the same microphone would hear a room
+    before somebody speaks, or now and then silence altogether, as from a microphone with a gate.
+    """
+    often, longest = settings.lead
+    frames = int(rng.uniform(0, longest) * spec.sample_rate / spec.hop)
+    if rng.random() >= often or not frames:
+        return x_TF[:0]
+    if rng.random() < _GATED or spec.log != "log10":
+        return torch.from_numpy(Fbank(spec).pad_frame).expand(frames, -1)
+    floor = x_TF.quantile(_QUIET, dim=0)
+    # Of the powers of a stationary sound, smoothed by a window and a filter.
+    change = np.log10(rng.gamma(3.0, 1 / 3.0, size=(frames, x_TF.shape[1]))).astype(np.float32)
+    return floor + torch.from_numpy(change) * torch.from_numpy(spec.scale)
+
+
+_GATED = 0.25  # part of the pauses that are silent
+_QUIET = 0.1  # part of an utterance's frames that are pauses, or nearly
+
+
+def _warped_bins(spec: FeatureSpec, factor: float) -> NDArray[np.float32]:
+    """Where each mel bin reads when frequencies are multiplied by ``factor``, in bins: (F,)."""
+    hz = np.arange(len(spec.mel)) * (spec.sample_rate / spec.n_fft)
+    centres = np.maximum.accumulate(hz @ spec.mel / spec.mel.sum(0))
+    # np.interp stays at the last bin beyond it.
+    bins: NDArray[np.float64] = np.interp(centres * factor, centres, np.arange(len(centres)))
+    return bins.astype(np.float32)
 
 
 _CUTS = ((80.0, 400.0), (2800.0, 6000.0))  # Hz; a telephone's are 300 and 3,400

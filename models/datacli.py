@@ -12,7 +12,7 @@ from loquent.engine.bundle import Bundle
 from loquent.engine.errors import LoquentError
 from loquent.models.align import AlignmentError, load_ctc
 from loquent.models.checkpoint import CheckpointError
-from loquent.models.data import DataError
+from loquent.models.data import DataError, refuse_overwriting
 from loquent.models.datacheck import check
 from loquent.models.datareport import as_html, as_text
 from loquent.models.labels import keep_best, score_manifest, summary
@@ -114,6 +114,9 @@ def _score(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if (args.least is None) != (args.keep is None):
         parser.error("--least and --keep go together")
+    refuse_overwriting(args.output, [args.manifest])
+    if args.keep:
+        refuse_overwriting(args.keep, [args.manifest, args.output])
     rows = score_manifest(load_ctc(args.model), args.manifest, args.output)
     print(summary(rows))
     if args.keep:

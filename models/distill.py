@@ -23,13 +23,16 @@ from loquent.engine.features import Fbank, whisper_spec
 from loquent.models.checkpoint import CheckpointError, load_checkpoint, read_json, recover
 from loquent.models.data import DataError, FeatureCache, Utterance, collate, read_manifest
 from loquent.models.devices import cpu_has_bf16
-from loquent.models.options import guarded
+from loquent.models.options import guarded, read_shares
 from loquent.models.posteriors import PosteriorWriter, key_of
 from loquent.models.scoring import ctc_greedy
 from loquent.models.tokens import BLANK, Tokenizer
 from loquent.models.training import WHOLE
 
 Heard = tuple[NDArray[np.float32], NDArray[np.float32]]
+# Whisper has learnt with 30 s each time, mostly silence behind the speech. Without any its output
+# is another one (models/README.md has figures), and this much is nearly as good as all.
+_SILENCE = 3.0  # seconds
 
 
 class Teacher(Protocol):
@@ -53,24 +56,32 @@ class Teacher(Protocol):
 
 
 class StudentTeacher:
-    """A student's checkpoint (a Whisper teacher is one), with the whole utterance in view."""
+    """A student's checkpoint (a Whisper teacher is one), with the whole utterance in view.
+
+    It hears some silence behind each utterance, too; what it says of that is not given.
+    """
 
     def __init__(self, folder: Path) -> None:
         checkpoint = load_checkpoint(folder)
         self._student, self.tokenizer = checkpoint.student, checkpoint.tokenizer
         self.width = self._student.config.encoder.width
-        self.about = _about(checkpoint.state)
+        spec = whisper_spec()
+        self._silence = torch.from_numpy(Fbank(spec).pad_frame)
+        self._behind = round(_SILENCE * spec.sample_rate / spec.hop)
+        self.about = _about(checkpoint.state) | {"silence": _SILENCE}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._student.to(self._device)
-        self._silence = torch.from_numpy(Fbank(whisper_spec()).pad_frame)
 
     def prepare(self, utterances: Sequence[Utterance], features: Path) -> None:
         self._cache = FeatureCache(utterances, whisper_spec(), features)
 
     def listen(self, indices: Sequence[int]) -> list[Heard]:
         encoder = self._student.config.encoder
+        clips = [torch.from_numpy(self._cache[i].astype(np.float32)) for i in indices]
+        counts = [-(-len(clip) // encoder.subsampling) for clip in clips]
+        behind = self._silence.expand(self._behind, -1)
         batch = collate(
-            [torch.from_numpy(self._cache[i].astype(np.float32)) for i in indices],
+            [torch.cat([clip, behind]) for clip in clips],
             [[] for _ in indices],
             indices,
             self._silence,
@@ -81,11 +92,11 @@ class StudentTeacher:
         kind = self._device.type
         half = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda" or cpu_has_bf16())
         with torch.no_grad(), half:
-            encoded, frames = self._student(x, lengths, WHOLE, 0)
+            encoded, _ = self._student(x, lengths, WHOLE, 0)
             logs = self._student.ctc_log_probs(encoded)
         return [
             (logs[i, :n].float().cpu().numpy(), encoded[i, :n].float().cpu().numpy())
-            for i, n in enumerate(frames.tolist())
+            for i, n in enumerate(counts)
         ]
 
 
@@ -256,9 +267,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.pseudo and not args.unlabelled:
         raise DataError("--pseudo needs --unlabelled MANIFEST to write the text of")
     exclude = args.exclude_licence
-    utterances: list[Utterance] = []
-    for path in args.data:
-        utterances += read_manifest(path, exclude_licences=exclude)
+    utterances, _, _ = read_shares(args.data, exclude)
     for path in args.unlabelled:
         rows = read_manifest(path, exclude_licences=exclude, labelled=False)
         utterances += [u for u in rows if u.duration <= 30.0]
@@ -295,7 +304,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("teacher", type=Path, help="checkpoint folder, for example RUN/best")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the posteriors")
     parser.add_argument(
-        "--data", type=Path, action="append", default=[], metavar="MANIFEST", help="with text"
+        "--data",
+        action="append",
+        default=[],
+        metavar="MANIFEST[=SHARE]",
+        help="with text; a share, as `loquent train` takes it, changes nothing here",
     )
     parser.add_argument(
         "--unlabelled", type=Path, action="append", default=[], metavar="MANIFEST", help="without"

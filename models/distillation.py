@@ -102,20 +102,21 @@ def resample(blank_N: NDArray[np.floating], count: int) -> NDArray[np.int64]:
 
 
 def collate_signals(
-    rows: Sequence[Sequence[tuple[Said | None, int]]], frames: int, subsampling: int
+    rows: Sequence[Sequence[tuple[Said | None, int, int]]], frames: int, subsampling: int
 ) -> Signals | None:
     """Bring what was said to the student's frames.
 
     Args:
-        rows: for each row of the batch its parts (utterances put together), each with the number of
-            feature frames that it has become (augmentation changes the speed).
+        rows: for each row of the batch its parts (utterances put together), each with the feature
+            frames of a pause in front of it, of which the teacher has said nothing, and the number
+            of those that it has become (augmentation changes the speed).
         frames: output frames of the batch.
         subsampling: feature frames per output frame.
 
     Returns:
         None if the teacher has said nothing about any of them.
     """
-    known = [said for row in rows for said, _ in row if said is not None]
+    known = [said for row in rows for said, _, _ in row if said is not None]
     if not known:
         return None
     kept = known[0].ids_NK.shape[1]
@@ -127,7 +128,8 @@ def collate_signals(
     features = None if wide is None else np.zeros((*shape[:2], wide.shape[1]), np.float32)
     for b, row in enumerate(rows):
         start, total = 0, 0.0
-        for said, length in row:
+        for said, before, length in row:
+            start += before
             first, last = -(-start // subsampling), min(frames, -(-(start + length) // subsampling))
             start += length
             total += np.nan if said is None else said.text

@@ -34,6 +34,7 @@ from loquent.engine.finish import (
 )
 from loquent.engine.numbers import format_numbers
 from loquent.engine.text import normalise
+from loquent.models.data import DataError, refuse_overwriting
 from loquent.models.spoken import spoken
 
 _HELD_OUT = 50
@@ -54,10 +55,13 @@ class Line:
 
 
 def read_lines(paths: Iterable[Path]) -> Iterator[str]:
-    """Lines of text files, plain or xz."""
+    """Lines of text files, plain or xz. Raises DataError."""
     for path in paths:
-        data = path.read_bytes()
-        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
+        try:
+            data = path.read_bytes()
+            text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
+        except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
+            raise DataError(f"{path}: cannot be read as text ({error})") from error
         yield from (line.strip() for line in text.splitlines() if line.strip())
 
 
@@ -346,7 +350,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, default=18, help="of the hash (default: 18)")
     parser.add_argument("--epochs", type=int, default=4)
     args = parser.parse_args(argv)
-    train, held = split(args.text)
+    try:
+        if args.output:
+            refuse_overwriting(args.output, args.text)
+        train, held = split(args.text)
+    except DataError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
     if args.output:
         model = learn(train, size=1 << args.bits, words=args.words, epochs=args.epochs)
         args.output.write_bytes(model.write())

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from loquent.engine.ngram import START, UNKNOWN, Ngram, Table
 from loquent.models.arpa import read_arpa, write_arpa
-from loquent.models.data import DataError
+from loquent.models.data import DataError, refuse_overwriting
 from loquent.models.text import normalise
 
 Ints = NDArray[np.int64]
@@ -279,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bool(args.text) == bool(args.arpa):
         parser.error("expected either text or --arpa FILE")
     try:
+        refuse_overwriting(args.output, [*args.text, args.arpa, args.dev])
         if args.arpa:
             model = read_arpa(args.arpa)
             source = args.arpa.name

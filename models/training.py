@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from loquent.engine.features import Fbank, FeatureSpec
 from loquent.models.checkpoint import CheckpointError, Tensors, read_json, save_checkpoint
@@ -24,10 +26,12 @@ from loquent.models.data import (
     augment,
     collate,
     epoch_batches,
+    pause,
 )
 from loquent.models.devices import moved
 from loquent.models.distillation import (
     Distillation,
+    Said,
     Signals,
     collate_signals,
     delayed_ctc,
@@ -299,6 +303,12 @@ class Trainer(Loop[Drawn]):
                 f"{folder}: the run that it belongs to trains a student of another shape; resume "
                 "it with the settings it was started with, or choose another folder for the run"
             )
+        before = read_json(folder / "state.json").get("origin", {}).get("data")
+        if before != self.origin.get("data"):
+            tqdm.write(
+                f"{self.run}: goes on with other data than before, which were {before}",
+                file=sys.stderr,
+            )
 
     def _epoch(self, epoch: int) -> Iterable[list[int]]:
         c = self.config
@@ -314,21 +324,18 @@ class Trainer(Loop[Drawn]):
             least = c.longest_segment
         segment = _draw(tuple(pair for pair in c.segments if pair[0] >= least), rng)
         right = min(_draw(c.right_contexts, rng), max(c.short_right, segment))
-        features = [
-            augment(
-                torch.from_numpy(self.train.features(i, rng)),
-                self.spec,
-                self.config.augment,
-                rng,
-                self.noises,
-            )
-            for i in indices
-        ]
+        features: list[Tensor] = []
+        said: list[list[tuple[Said | None, int, int]]] = []
+        for i in indices:
+            own = torch.from_numpy(self.train.features(i, rng))
+            lead = pause(own, self.spec, c.augment, rng)
+            x = torch.cat([lead, own])
+            features.append(augment(x, self.spec, c.augment, rng, self.noises))
+            # Changes of speed hold for the pause, too, of which the teacher has heard nothing.
+            before = round(len(lead) * len(features[-1]) / len(x))
+            heard = self.teacher.get(self.train.utterances[i]) if self.teacher else None
+            said.append([(heard, before, len(features[-1]) - before)])
         targets = [self.targets[i] for i in indices]
-        said = [
-            [(self.teacher.get(self.train.utterances[i]) if self.teacher else None, len(f))]
-            for i, f in zip(indices, features, strict=True)
-        ]
         if rng.random() < c.join:
             # Neighbours have about the same length, so little is padded.
             pairs = range(0, len(indices), 2)

@@ -140,6 +140,33 @@ def test_clips_may_be_played_quieter(
     assert found["deaf", "30 dB quieter"] > 0.2
 
 
+def test_clips_may_begin_later(
+    int8: Any, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    more = [*rows, {**rows[0], "text": "room 101"}, {**rows[0], "duration": 31}]
+    manifest = corpus.with_name("more.jsonl")
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in more))
+    options = ["--bundle", str(int8.folder), "--lead", "0.5", "--decoder", "ctc", "--delay"]
+    assert main([str(manifest), *options, "--chunk-ms", "320", "--json"]) == 0
+    out, err = capsys.readouterr()
+    clean, later = json.loads(out)["results"]
+    assert (clean["noise"], later["noise"]) == ("clean", "0.5 s later")
+    assert "delay_ms" not in later
+    assert f"2 of {len(more)} rows left out: expected text without digits" in err
+    utterances = read_manifest(corpus)
+    own, moved = Clips(utterances).get(0), Clips(utterances, lead=0.5).get(0)
+    np.testing.assert_array_equal(moved[:8000], 0)
+    np.testing.assert_array_equal(moved[8000:], own)
+    for asked, message in (
+        (["--lead", "0"], "got --lead 0, expected more than 0"),
+        (["--lines", str(manifest)], "more.jsonl is an input, which the output would destroy"),
+    ):
+        with pytest.raises(SystemExit):
+            main([str(manifest), *asked])
+        assert message in capsys.readouterr().err
+
+
 def test_clips_may_go_through_a_channel(
     int8: Any, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from loquent.engine.audio import load_audio
 from loquent.engine.bundle import Bundle, DecoderName
 from loquent.engine.decode.fusion import BeamRules
 from loquent.engine.recognizer import Recognizer
+from loquent.export.bundle import update_manifest
 from loquent.export.tune import Trials, encode, main, tune
 from loquent.models.data import read_manifest
 
@@ -49,6 +50,31 @@ def test_trials_hear_what_the_engine_hears(manifest: Path, name: DecoderName) ->
     assert all(said)
     trials = Trials(recognizer.bundle, name, clips, frames=8)
     assert trials.texts(recognizer.bundle.beams[name]) == said
+
+
+def test_trials_put_words_right_as_the_engine_does(manifest: Path, tmp_path: Path) -> None:
+    utterances = read_manifest(manifest)
+
+    def said(name: str, spelling: dict[str, float] | None) -> tuple[list[str], list[str]]:
+        folder = tmp_path / name
+        shutil.copytree(ROOT / "engine" / "bundles" / "en", folder)
+        found = Bundle.load(folder).manifest
+        # Words that the model does not know cost next to nothing: there will be some.
+        careless = {**found["beams"]["ctc-beam"], "unknown": -3.0, "lm_weight": 0.05}
+        careless |= {"own_weight": 0.0, "unknown_letter": 0.0}
+        beams = {**found["beams"], "ctc-beam": careless}
+        lm = {key: value for key, value in found["lm"].items() if key != "spelling"}
+        update_manifest(folder, beams=beams, lm=lm | ({"spelling": spelling} if spelling else {}))
+        recognizer = Recognizer.load(str(folder))
+        audio = [load_audio(u.audio) for u in utterances]
+        heard = [recognizer.transcribe(x, decoder="ctc-beam", endpoint=None) for x in audio]
+        trials = Trials(recognizer.bundle, "ctc-beam", encode(recognizer, utterances), frames=8)
+        texts = trials.texts(recognizer.bundle.beams["ctc-beam"])
+        return texts, [" ".join(final.text for final in finals) for finals in heard]
+
+    trials, engine = said("spelt", {"reach": 0.5, "weight": 0.1})
+    assert trials == engine
+    assert trials != said("plain", None)[0]
 
 
 def test_the_command_writes_the_manifest(

@@ -29,6 +29,7 @@ from loquent.models.data import (
     augment,
     collate,
     epoch_batches,
+    pause,
     prefetch,
     read_manifest,
 )
@@ -171,6 +172,12 @@ def test_cache_is_made_anew_for_other_features_or_clips(
     np.testing.assert_array_equal(other[1], expected.astype(np.float16))
     fewer = FeatureCache(clips[1:], SPEC, tmp_path, workers=1)
     np.testing.assert_array_equal(fewer[0], first[1])
+    # The same name with another recording in it.
+    recorded = load_audio(clips[1].audio)
+    soundfile.write(clips[1].audio, recorded[: len(recorded) // 2], SPEC.sample_rate)
+    shorter = FeatureCache(clips, SPEC, tmp_path, workers=1)
+    np.testing.assert_array_equal(shorter[0], first[0])
+    assert shorter.frames(1) < first.frames(1)
 
 
 def test_a_cache_that_was_not_finished_is_made_anew(clips: list[Utterance], tmp_path: Path) -> None:
@@ -192,7 +199,16 @@ def test_a_broken_clip_leaves_no_cache(clips: list[Utterance], tmp_path: Path) -
 # Augmentation
 
 OFF = Augment(
-    tempo=0, warp=0, gain=0, freq_masks=0, time_masks=0, noise=0, reverb=0, tilt=0, band=0
+    tempo=0,
+    lead=(0.0, 0.0),
+    warp=0,
+    gain=0,
+    freq_masks=0,
+    time_masks=0,
+    noise=0,
+    reverb=0,
+    tilt=0,
+    band=0,
 )
 
 
@@ -238,6 +254,62 @@ def test_gain_is_in_decibels() -> None:
     assert abs(decibels) > 1
     louder = fbank(SPEC, (pcm * 10 ** (decibels / 20)).astype(np.float32))
     torch.testing.assert_close(y, torch.from_numpy(louder), atol=1e-3, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_a_warp_moves_frequencies_by_one_factor(seed: int) -> None:
+    """All harmonics move alike, where a stretched mel axis moves the high ones farther."""
+    warp = dataclasses.replace(OFF, warp=0.15)
+    drawn = np.random.default_rng(seed)
+    drawn.uniform()
+    factor = 1 + drawn.uniform(-0.15, 0.15)
+    time = np.arange(16000) / SPEC.sample_rate
+
+    def tones(change: float) -> NDArray[np.float32]:
+        hz = np.array([400.0, 1100.0, 2700.0, 5200.0]) * change
+        sound = 0.05 * np.sin(2 * np.pi * np.outer(hz, time)).sum(0)
+        return fbank(SPEC, sound.astype(np.float32))[20:80]
+
+    ours = augment(torch.from_numpy(tones(1.0)), SPEC, warp, np.random.default_rng(seed))
+    theirs = tones(1 / factor).mean(0)
+    peaks = [np.flatnonzero(_peak(x)) for x in (ours.numpy().mean(0), theirs)]
+    assert len(peaks[0]) == len(peaks[1]) == 4
+    assert np.abs(peaks[0] - peaks[1]).max() <= 1
+
+
+def _peak(x_F: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Where a spectrum of few tones has one: far above what lies five bins beside it."""
+    wide = np.pad(x_F, 5, constant_values=x_F.min())
+    around = np.stack([wide[k : k + len(x_F)] for k in range(11)])
+    result: NDArray[np.bool_] = (x_F == around.max(0)) & (x_F > x_F.max() - 0.5)
+    return result
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_a_pause_is_as_quiet_as_the_quietest_parts(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pcm = 0.001 * rng.standard_normal(32000)
+    pcm[4000:24000] += 0.1 * rng.standard_normal(20000)
+    x = torch.from_numpy(fbank(SPEC, pcm.astype(np.float32)))
+    lead = pause(x, SPEC, dataclasses.replace(OFF, lead=(1.0, 0.5)), rng)
+    assert len(lead) < 50
+    if len(lead) > 10:
+        background = float(x[:20].mean())
+        silence = float(Fbank(SPEC).pad_frame[0])
+        level = float(lead.mean())
+        # Three decibels, or nothing at all.
+        assert abs(level - background) < 0.3 * SPEC.scale[0] or level == pytest.approx(silence)
+
+
+def test_pauses_come_as_often_as_asked_for() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, (50, 80)).astype(np.float32))
+    some = dataclasses.replace(OFF, lead=(0.5, 1.0))
+    lengths = [len(pause(x, SPEC, some, np.random.default_rng(seed))) for seed in range(400)]
+    assert 0.42 < np.mean([n > 0 for n in lengths]) < 0.56
+    assert max(lengths) in range(90, 100)
+    assert len(pause(x, SPEC, OFF, np.random.default_rng(0))) == 0
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "made"])

@@ -268,20 +268,20 @@ def said(frames: int, offset: int, features: bool = False) -> Said:
 
 def test_joined_utterances_stand_side_by_side() -> None:
     rows = [
-        [(said(5, 10, True), 20), (said(3, 50, True), 12)],
-        [(None, 8), (said(2, 70, True), 8)],
+        [(said(5, 10, True), 0, 20), (said(3, 50, True), 0, 12)],
+        [(None, 0, 8), (said(2, 70, True), 4, 8)],
     ]
     signals = collate_signals(rows, 8, 4)
     assert signals is not None
     assert signals.ids_BNK[0, :, 0].tolist() == [10, 11, 12, 13, 14, 50, 51, 52]
-    assert signals.ids_BNK[1, 2:4, 0].tolist() == [70, 71]
-    assert signals.real_BN[1].tolist() == [False] * 2 + [True] * 2 + [False] * 4
+    assert signals.ids_BNK[1, 3:5, 0].tolist() == [70, 71]
+    assert signals.real_BN[1].tolist() == [False] * 3 + [True] * 2 + [False] * 3
     assert signals.text_B[0] == -2.0
     assert torch.isnan(signals.text_B[1])
     assert signals.features_BNE is not None
     expected = torch.linspace(0, 1, 5)[:, None]
     torch.testing.assert_close(signals.features_BNE[0, :5], expected, atol=1e-3, rtol=0)
-    assert collate_signals([[(None, 8)]], 2, 4) is None
+    assert collate_signals([[(None, 0, 8)]], 2, 4) is None
 
 
 def test_batches_name_the_same_terms_heard_or_not(
@@ -293,7 +293,7 @@ def test_batches_name_the_same_terms_heard_or_not(
     config = TrainConfig(steps=1, rnnt_from=0, distil=distil)
     objective = Objective(Student(tiny_config(12)), config, teacher_width=1)
     batch = collate([torch.randn(32, 80)], [[1, 2]], [0], torch.zeros(80), multiple=4, room=1)
-    signals = collate_signals([[(said(8, 1, True), 32)]], 8, 4)
+    signals = collate_signals([[(said(8, 1, True), 0, 32)]], 8, 4)
     with torch.no_grad():
         heard = objective(Drawn(batch, 16, 0, signals), 0)
         unheard = objective(Drawn(batch, 16, 0), 0)
@@ -389,7 +389,7 @@ def test_a_map_to_a_teacher_of_another_width_learns_alone_at_first(
     distil = Distillation(features=1.0, metric="l2")
     config = TrainConfig(steps=9, warmup=2, rnnt_from=9, distil=distil)
     batch = collate([torch.randn(32, 80)], [[1, 2]], [0], torch.zeros(80), multiple=4, room=1)
-    signals = collate_signals([[(said(8, 1, True), 32)]], 8, 4)
+    signals = collate_signals([[(said(8, 1, True), 0, 32)]], 8, 4)
     for step, pulls in ((3, False), (4, True)):
         objective = Objective(Student(tiny_config(12)), config, teacher_width=1)
         assert objective.features is not None

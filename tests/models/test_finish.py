@@ -74,3 +74,12 @@ def test_learning_and_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([str(text), "-o", str(out), "--words", "3000", "--bits", "12"]) == 0
     assert "held out" in capsys.readouterr().out
     assert Finisher.read(out.read_bytes()).case(words, 3) == "Boston"
+
+    for asked, message in (
+        ([str(text), "-o", str(text)], "text.txt is an input, which the output would destroy"),
+        ([str(tmp_path / "none.txt")], "none.txt: cannot be read as text"),
+    ):
+        with pytest.raises(SystemExit):
+            main(asked)
+        assert message in capsys.readouterr().err
+    assert text.read_text() == "\n".join(lines)

@@ -119,6 +119,12 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([str(tmp_path / "none.txt"), "-o", str(tmp_path / "out.npz")])
     assert "none.txt: cannot be read" in capsys.readouterr().err
+    text = tmp_path / "text.txt"
+    text.write_text("a b c\n")
+    with pytest.raises(SystemExit):
+        main([str(text), "-o", str(text)])
+    assert "text.txt is an input, which the output would destroy" in capsys.readouterr().err
+    assert text.read_text() == "a b c\n"
 
 
 # ARPA files

@@ -28,6 +28,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from loquent.engine.audio import load_audio
+from loquent.engine.features import fbank, whisper_spec
 from loquent.export import measure
 from loquent.models import cli, distill, pretraining
 from loquent.models.checkpoint import CheckpointError, load_checkpoint, read_tensors
@@ -259,9 +261,17 @@ def test_whisper_teacher_and_a_lattice_beside(
     assert "--ffn: got 257 units, expected 1 to 256" in capsys.readouterr().err
     # The same checkpoint is a teacher for `distill`.
     heard = tmp_path / "heard"
-    asked = options(output=heard, data=corpus, features=features)
+    asked = options(output=heard, data=f"{corpus}=0.5", features=features)
     assert distill.main([str(run / "last"), *asked]) == 0
     assert len(Posteriors(heard)) == 24
+    # It has heard silence behind each utterance, as Whisper is used to, and gives none of it.
+    utterance = read_manifest(corpus)[0]
+    frames = len(fbank(whisper_spec(), load_audio(utterance.audio)))
+    said = Posteriors(heard).get(utterance)
+    assert said is not None
+    assert len(said.blank_N) == -(-frames // 4)
+    about = json.loads((heard / "teacher.json").read_text())
+    assert about["silence"] == 3.0
     # Two students: the second learns from the transducer of the first.
     monkeypatch.setattr(cli, "whisper_student", lambda vocab, **_: tiny_config(vocab))
     first, second = tmp_path / "first", tmp_path / "second"

@@ -87,6 +87,9 @@ def test_an_impossible_vocabulary_is_refused(vocab: int) -> None:
         ("हिन्दी", "हिन्दी"),
         ("50% off", "50 off"),
         ("...", ""),
+        ("yes,no;maybe...or not", "yes no maybe or not"),
+        ("3,000 at 5:30", "3000 at 530"),
+        ("the U.S. and e.g. others", "the us and eg others"),
     ],
 )
 def test_normalise(text: str, expected: str) -> None:

@@ -186,7 +186,9 @@ Make = Callable[..., Trainer]
 def make(corpus: Path, tiny_config: Config, tmp_path: Path) -> Make:
     """A trainer of a tiny student in ``tmp_path/run``."""
 
-    def trainer(*, dim: int = 32, **changes: object) -> Trainer:
+    def trainer(
+        *, dim: int = 32, origin: dict[str, object] | None = None, **changes: object
+    ) -> Trainer:
         rows = read_manifest(corpus)[:6]
         tokenizer = Tokenizer.train([u.text for u in read_manifest(corpus)], 12)
         config = tiny_config(tokenizer.size)
@@ -202,7 +204,8 @@ def make(corpus: Path, tiny_config: Config, tmp_path: Path) -> Make:
             **{"steps": 3, "batch_seconds": 6, "warmup": 2, "rnnt_from": 1, **changes}  # type: ignore[arg-type]
         )
         weights = [1.0] * len(rows)
-        return Trainer(tmp_path / "run", student, tokenizer, cache, cache, weights, settings, {})
+        run, origin = tmp_path / "run", origin or {}
+        return Trainer(run, student, tokenizer, cache, cache, weights, settings, origin)
 
     return trainer
 
@@ -220,6 +223,19 @@ def test_a_run_of_another_shape_is_not_resumed(make: Make) -> None:
     make().fit()
     with pytest.raises(CheckpointError, match="trains a student of another shape"):
         make(dim=64)
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = make()
+    before.origin["data"] = ["a.jsonl: 6 utterances"]
+    before.fit()
+    make(origin={"data": ["a.jsonl: 6 utterances"]})
+    assert "other data" not in capsys.readouterr().err
+    make(origin={"data": ["b.jsonl: 9 utterances"]})
+    said = capsys.readouterr().err
+    assert "goes on with other data than before, which were ['a.jsonl: 6 utterances']" in said
 
 
 def test_two_processes_do_not_train_in_one_folder(make: Make) -> None:
