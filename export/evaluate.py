@@ -338,7 +338,7 @@ def _run(args: argparse.Namespace) -> tuple[list[Result], list[str]]:
     utterances = read_manifest(args.manifest)
     rows = sum(bool(line.strip()) for line in args.manifest.read_text("utf-8").split("\n"))
     if not utterances:
-        raise DataError(f"{args.manifest}: none of {rows} rows can be scored: {_SCORED}")
+        raise DataError(f"{args.manifest}: no usable row of {rows}; {_SCORED}")
     if left_out := rows - len(utterances):
         print(f"{args.manifest}: {left_out} of {rows} rows left out: {_SCORED}", file=sys.stderr)
     folders = {"whisper-tiny": args.whisper_tiny, "whisper-base": args.whisper_base}
