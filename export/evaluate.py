@@ -101,7 +101,8 @@ class Clips:
             pcm = through(self.channel, pcm, sample_rate)
         if self.quieter_db:
             pcm = (np.round(32768 * 10 ** (-self.quieter_db / 20) * pcm) / 32768).astype(np.float32)
-        pcm = np.pad(pcm, (round(self.lead * sample_rate), 0))
+        if self.lead:
+            pcm = np.pad(pcm, (round(self.lead * sample_rate), 0))
         self.reading += time.process_time() - before
         return pcm
 

@@ -281,6 +281,10 @@ def augment(
     return x
 
 
+_GATED = 0.25  # part of the pauses that are silent
+_QUIET = 0.1  # part of an utterance's frames that are pauses, or nearly
+
+
 def pause(x_TF: Tensor, spec: FeatureSpec, settings: Augment, rng: np.random.Generator) -> Tensor:
     """What may be put in front of an utterance: (P, F), P = 0 for none.
 
@@ -297,10 +301,6 @@ def pause(x_TF: Tensor, spec: FeatureSpec, settings: Augment, rng: np.random.Gen
     # Of the powers of a stationary sound, smoothed by a window and a filter.
     change = np.log10(rng.gamma(3.0, 1 / 3.0, size=(frames, x_TF.shape[1]))).astype(np.float32)
     return floor + torch.from_numpy(change) * torch.from_numpy(spec.scale)
-
-
-_GATED = 0.25  # part of the pauses that are silent
-_QUIET = 0.1  # part of an utterance's frames that are pauses, or nearly
 
 
 def _warped_bins(spec: FeatureSpec, factor: float) -> NDArray[np.float32]:

@@ -142,7 +142,7 @@ def by_rnnt(log_probs: Float64) -> dict[tuple[int, ...], float]:
     return found
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(log_probs=posteriors, share=shares)
 def test_a_wide_beam_finds_the_best_labelling_there_is(log_probs: Float64, share: float) -> None:
     said = tuple(Runner(beam(share)).said(log_probs))
@@ -164,7 +164,7 @@ def test_a_wide_beam_finds_the_best_labelling_there_is(log_probs: Float64, share
     assert scores[said] >= max(exact) - slack
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(log_probs=posteriors, cut=st.integers(0, 6), share=shares)
 def test_in_pieces_is_at_once(log_probs: Float64, cut: int, share: float) -> None:
     parts = Runner(beam(share))
@@ -172,7 +172,7 @@ def test_in_pieces_is_at_once(log_probs: Float64, cut: int, share: float) -> Non
     assert said == Runner(beam(share)).said(log_probs)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(log_probs=posteriors)
 def test_a_beam_of_one_without_words_is_greedy_with_one_token_a_frame(log_probs: Float64) -> None:
     single = log_probs.astype(np.float32)
@@ -186,7 +186,7 @@ def test_a_beam_of_one_without_words_is_greedy_with_one_token_a_frame(log_probs:
     assert [t.logp for t in tokens] == pytest.approx([t.logp for t in expected], abs=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     lines=st.lists(posteriors, min_size=2, max_size=5),
     cut=st.integers(0, 6),

@@ -42,7 +42,7 @@ def noise(samples: int, seed: int = 0) -> Float32:
 
 
 @every_spec
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     packets=st.lists(st.integers(0, 700) | st.integers(0, 5), max_size=25), seed=st.integers(0, 9)
 )

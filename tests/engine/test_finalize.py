@@ -31,7 +31,7 @@ sounds = st.lists(
     min_size=1,
     max_size=10,
 )
-slow = settings(max_examples=20, deadline=None, derandomize=True)
+slow = settings(max_examples=20, derandomize=True)
 
 
 def play(
@@ -223,7 +223,7 @@ def test_what_the_resampler_holds_back_is_heard(
     assert text(events) == "kiwi / kiwi"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rate=st.sampled_from([8000, 11025, 22050, 44099, 44100, 47999, 48000]),
     packets=st.lists(st.integers(0, 5000), min_size=1, max_size=30),

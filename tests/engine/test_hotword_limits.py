@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.loopback import client, receive_all, serving
 from websockets.asyncio.client import connect
@@ -59,7 +59,6 @@ def test_an_automaton_is_small() -> None:
     assert size / 10_000 < 100  # bytes a character
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=9), st.text("abcd"))
 def test_what_a_word_begins_with(found: list[str], prefix: str) -> None:
     graph = HotwordGraph([Hotword(phrase=word) for word in found], LETTERS, 0)
@@ -67,7 +66,6 @@ def test_what_a_word_begins_with(found: list[str], prefix: str) -> None:
 
 
 @pytest.mark.parametrize("pieces", [LETTERS, ["<blank>", "▁ab", "▁a", "a", "bc", "'", "<0xC3>"]])
-@settings(deadline=None)
 @given(phrase=st.text("abcAé' -+1日."))
 def test_what_can_be_spelled_is_what_is_spelled(pieces: list[str], phrase: str) -> None:
     vocabulary = Vocabulary(pieces, 0)

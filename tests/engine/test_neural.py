@@ -117,7 +117,7 @@ def acoustics(log_probs: Float64) -> dict[tuple[int, ...], float]:
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(log_probs=posteriors, cuts=st.lists(st.integers(0, 6), max_size=3))
 def test_the_best_of_all_labellings_by_both_models(log_probs: Float64, cuts: list[int]) -> None:
     # What CTC is as good as certain is blank is taken for it.
@@ -146,7 +146,7 @@ def test_the_best_of_all_labellings_by_both_models(log_probs: Float64, cuts: lis
         assert scores[best] >= max(scores.values()) - 1e-3
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(lines=st.lists(posteriors, min_size=2, max_size=4), cut=st.integers(1, 5))
 def test_batched_is_single(lines: list[Float64], cut: int) -> None:
     weights = [0.2, 0.4, 0.9, 0.0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loquent.engine.bundle import StateSpec
@@ -35,7 +35,6 @@ def advance(pool: Pool, slots: list[Slot], count: int, ages: list[int]) -> list[
     return owned
 
 
-@settings(deadline=None)
 @given(
     steps=st.lists(st.tuples(st.sets(st.integers(0, 3), min_size=1), st.integers(1, 7)), max_size=9)
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loquent.engine.audio import load_audio
@@ -72,7 +72,6 @@ def distance(a: str, b: str) -> float:
 words = st.text("abcdehlmst", min_size=1, max_size=9)
 
 
-@settings(deadline=None)
 @given(st.sets(words, min_size=1, max_size=30), words, st.floats(0.0, 0.6))
 def test_near_words_are_those_of_the_definition(known: set[str], word: str, reach: float) -> None:
     speller = Speller(ngram(dict.fromkeys(known, -1.0)), SpellingRules(reach=reach))

@@ -26,7 +26,7 @@ sounds = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     story=sounds,
     decoder=st.sampled_from(["rnnt", "ctc", "rnnt-beam", "ctc-beam", "joint"]),

@@ -21,7 +21,7 @@ def random_log_probs(frames: int, vocab: int, seed: int) -> np.ndarray:
     return (x - np.log(np.exp(x).sum(1, keepdims=True))).astype(np.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 6),
     st.lists(st.integers(0, 2), max_size=3).filter(lambda ids: 1 not in ids),

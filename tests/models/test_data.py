@@ -212,7 +212,7 @@ OFF = Augment(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(frames=st.integers(1, 300), seed=st.integers(0, 1000))
 def test_augmented_features_are_like_features(frames: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -256,7 +256,7 @@ def test_gain_is_in_decibels() -> None:
     torch.testing.assert_close(y, torch.from_numpy(louder), atol=1e-3, rtol=0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
 def test_a_warp_moves_frequencies_by_one_factor(seed: int) -> None:
     """All harmonics move alike, where a stretched mel axis moves the high ones farther."""
@@ -286,7 +286,7 @@ def _peak(x_F: NDArray[np.float32]) -> NDArray[np.bool_]:
     return result
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000))
 def test_a_pause_is_as_quiet_as_the_quietest_parts(seed: int) -> None:
     rng = np.random.default_rng(seed)

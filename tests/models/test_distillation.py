@@ -243,7 +243,7 @@ def test_the_penalty_favours_early_tokens() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_resampling_keeps_every_spike(frames: int, count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     blank = np.zeros(frames)

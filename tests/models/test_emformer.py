@@ -19,9 +19,7 @@ from loquent.models.frontend import FrontendConfig
 
 TOLERANCE = 2e-5
 # The fixtures are modules whose weights never change.
-many = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+many = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def features(encoder: Encoder, batch: int, frames: int, seed: int = 0) -> Tensor:

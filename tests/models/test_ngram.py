@@ -25,7 +25,7 @@ sentences = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     text=sentences,
     order=st.sampled_from([2, 3]),

@@ -74,7 +74,7 @@ def test_nothing_drawn_is_the_engines_features(corpus: Path) -> None:
     assert len(plain) == len(rows)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 10**6), st.integers(0, 3000))
 def test_samples_stay_in_range_and_number(seed: int, samples: int) -> None:
     rng = np.random.default_rng(seed)

@@ -267,7 +267,7 @@ headers = st.dictionaries(
 reasons = st.sampled_from([None, WireError("idle", "silent"), WireError("session_limit", "long")])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(query=queries, headers=headers, said=st.lists(messages, max_size=8), reason=reasons)
 @pytest.mark.parametrize("path", [*PROTOCOLS, "/"])
 def test_whatever_a_client_says(
@@ -281,7 +281,7 @@ def test_whatever_a_client_says(
     converse(tiny, f"{path}?{query}", headers, said, reason)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(target=st.text(max_size=40), headers=headers)
 def test_whatever_the_request_is(tiny: Recognizer, target: str, headers: Mapping[str, str]) -> None:
     converse(tiny, target, headers, [])

@@ -34,7 +34,7 @@ def test_companded_samples_are_those_of_g711(raw: Raw) -> None:
 
 @pytest.mark.parametrize("raw", SUBTYPES)
 @pytest.mark.parametrize("channels", [1, 2, 3])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_packets_may_end_inside_a_sample(raw: Raw, channels: int, data: st.DataObject) -> None:
     width = {"s16le": 2, "f32le": 4, "mulaw": 1, "alaw": 1}[raw] * channels
@@ -100,7 +100,7 @@ def test_what_is_no_wav_file_is_told(data: bytes, said: str) -> None:
         read_wav_head(data)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_head_or_a_reason(data: bytes) -> None:
     for start in (b"", b"RIFF\0\0\0\0WAVE", b"RIFF\0\0\0\0WAVEfmt "):

@@ -80,7 +80,7 @@ VOCABULARY = (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.sampled_from(VOCABULARY.split()), min_size=1, max_size=20))
 @example(["the", "five", "five", "five", "the", "five"])
 def test_every_word_stands_behind_a_part_of_the_finished_text(said: list[str]) -> None:

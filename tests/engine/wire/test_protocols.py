@@ -114,9 +114,7 @@ SPLITS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", SPLITS)
-@settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, 3 * 24000 * 4), max_size=12))
 def test_any_split_gives_the_same_finals(
     talk: Any, s16: S16, texts: Texts, name: str, cuts: list[int]
@@ -164,9 +162,7 @@ SENT = st.sampled_from(
 
 
 @pytest.mark.parametrize("path", PROTOCOLS)
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=st.lists(SENT | st.binary(max_size=100), max_size=8))
 def test_any_messages_are_answered_or_refused(
     talk: Any, path: str, messages: list[str | bytes]

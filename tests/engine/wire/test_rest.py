@@ -420,7 +420,7 @@ async def test_a_server_that_stops_finishes_what_it_has_time_for(
 # The form.
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.binary(max_size=300), cuts=st.lists(st.integers(0, 600), max_size=6))
 def test_the_file_comes_out_as_it_went_in(data: bytes, cuts: list[int]) -> None:
     if BOUNDARY.encode() in data:
@@ -436,7 +436,7 @@ def test_the_file_comes_out_as_it_went_in(data: bytes, cuts: list[int]) -> None:
     assert (parsed.filename, parsed.fields) == ("talk.wav", {"model": ["x"], "prompt": ["a", "b"]})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=200))
 def test_any_body_is_a_form_or_refused(data: bytes) -> None:
     for start in (b"", f"--{BOUNDARY}\r\n".encode(), form({"file": b"x"})[:-8]):

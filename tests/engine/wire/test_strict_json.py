@@ -23,7 +23,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.dictionaries(st.text(max_size=8), VALUES, max_size=5))
 def test_objects_come_through(fields: dict[str, object]) -> None:
     assert parse_object(json.dumps(fields), max_depth=50) == fields
@@ -72,7 +72,7 @@ def test_the_deepest_that_is_allowed() -> None:
     assert parse_object('{"a": ' + "[" * depth + "]" * depth + "}")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=60))
 def test_any_text_gives_an_object_or_a_reason(text: str) -> None:
     for candidate in (text, '{"a": ' + text, '{"' + text + '": 1}'):
