@@ -23,6 +23,7 @@ from loquent.models.data import (
     read_manifest,
 )
 from loquent.models.distillation import Distillation
+from loquent.models.heads import learn_heads
 from loquent.models.loop import Freezing
 from loquent.models.narrow import narrow_shape, narrowed
 from loquent.models.noise import RecordedNoise
@@ -101,6 +102,14 @@ def _parser() -> argparse.ArgumentParser:
         help="take predictor and joiner of another student with the same subwords",
     )
     parser.add_argument(
+        "--heads-first",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="new heads learn alone at first, for so many steps, on the encoder output that "
+        "--distil has kept; a minute's work (try 3000 for a student that begins as its teacher)",
+    )
+    parser.add_argument(
         "--delay-penalty",
         type=float,
         default=0.0,
@@ -115,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("distillation", "what to learn from a teacher, by weight")
     group.add_argument("--distil", type=Path, help="folder that `loquent distill` wrote")
     group.add_argument(
-        "--kd-ctc", type=float, default=1.0, help="of its CTC posteriors (default %(default)s)"
+        "--kd-ctc", type=float, help="of its CTC posteriors (default: 1, if it has any)"
     )
     group.add_argument(
         "--kd-delay", type=int, default=4, help="output frames the student may lag (%(default)s)"
@@ -232,16 +241,26 @@ def _origin(args: argparse.Namespace) -> str:
     return f"{what}{name}{layers}" + (f", {args.ffn} units" if args.ffn else "")
 
 
-def _distillation(args: argparse.Namespace) -> Distillation:
-    """The weights, of which those of the folder are 0 without one."""
-    if args.distil is None and (args.kd_text or args.kd_features):
-        raise DataError("--kd-text and --kd-features need --distil FOLDER")
+def _check_terms(args: argparse.Namespace) -> None:
+    """Before anything long."""
+    if args.distil is None and (args.kd_text or args.kd_features or args.heads_first):
+        raise DataError("--kd-text, --kd-features and --heads-first need --distil FOLDER")
     if (args.kd_beside is None) != (args.kd_lattice == 0 and args.kd_beside_ctc == 0):
         raise DataError(
             "--kd-beside CHECKPOINT goes with --kd-beside-ctc WEIGHT, --kd-lattice WEIGHT or both"
         )
+
+
+def _distillation(args: argparse.Namespace, teacher: Posteriors | None) -> Distillation:
+    """The weights, of which those of the folder are 0 without one."""
+    spoken = teacher is not None and teacher.kept > 0
+    if teacher is not None and not spoken and (args.kd_ctc or args.kd_text):
+        raise DataError(
+            f"{args.distil}: holds only what a published encoder gives out; leave --kd-ctc and "
+            "--kd-text away"
+        )
     return Distillation(
-        ctc=args.kd_ctc if args.distil else 0.0,
+        ctc=(1.0 if args.kd_ctc is None else args.kd_ctc) if spoken else 0.0,
         delay=args.kd_delay,
         full_sum=args.kd_text,
         features=args.kd_features,
@@ -281,7 +300,7 @@ def _teachers(
 
 def _run(args: argparse.Namespace) -> None:
     start_torch(args)
-    distil = _distillation(args)
+    _check_terms(args)
     utterances, weights, names = read_shares(args.data, args.exclude_licence)
     dev_rows = read_manifest(args.dev)
     if not utterances or not dev_rows:
@@ -289,6 +308,7 @@ def _run(args: argparse.Namespace) -> None:
     print("\n".join(names))
     student, tokenizer = _initial(args, [u.text for u in utterances])
     teacher, beside = _teachers(args, tokenizer, utterances)
+    distil = _distillation(args, teacher)
     spec = whisper_spec()
     cache = args.features or args.run / "features"
     config = TrainConfig(
@@ -311,6 +331,17 @@ def _run(args: argparse.Namespace) -> None:
         student = _narrowed(student, args.ffn, train, args.run)
     if args.predictor_from and not (args.run / "last").exists():  # whose weights it will have
         _take_predictor(student, tokenizer, args.predictor_from)
+    if args.heads_first and teacher is not None and not (args.run / "last").exists():
+        learn_heads(
+            student,
+            teacher,
+            utterances,
+            [tokenizer.encode(u.text) for u in utterances],
+            steps=args.heads_first,
+            seed=args.seed,
+            trained_predictor=args.predictor_from is not None,
+            bf16=not args.fp32,
+        )
     trainer = Trainer(
         args.run,
         student,

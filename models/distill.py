@@ -1,7 +1,8 @@
 """``loquent distill``: a teacher hears recordings; what it says is kept for a student.
 
 Posteriors go into a folder that `loquent train student --distil FOLDER` takes; with --pseudo the
-text that it heard, where it was sure, goes into a manifest to train on.
+text that it heard, where it was sure, goes into a manifest to train on. A Whisper as it was
+published is a teacher, too, of what its encoder gives out (--encoder).
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from loquent.models.devices import cpu_has_bf16
 from loquent.models.options import guarded, read_shares
 from loquent.models.posteriors import PosteriorWriter, key_of
 from loquent.models.scoring import ctc_greedy
+from loquent.models.student import Student
+from loquent.models.teacher import is_whisper, source_name, whisper_teacher
 from loquent.models.tokens import BLANK, Tokenizer
 from loquent.models.training import WHOLE
+from loquent.models.whisper import load_whisper
 
 Heard = tuple[NDArray[np.float32], NDArray[np.float32]]
 # Whisper has learnt with 30 s each time, mostly silence behind the speech. Without any its output
@@ -42,11 +46,13 @@ class Teacher(Protocol):
         tokenizer: of its vocabulary, blank 0.
         width: of its encoder's output.
         about: what it is, for the folder and the model card; no paths.
+        headless: its head has learnt nothing, only its encoder's output counts.
     """
 
     tokenizer: Tokenizer
     width: int
     about: dict[str, Any]
+    headless: bool
 
     def prepare(self, utterances: Sequence[Utterance], features: Path) -> None:
         """What will be heard; ``features`` is where features may be kept."""
@@ -61,14 +67,20 @@ class StudentTeacher:
     It hears some silence behind each utterance, too; what it says of that is not given.
     """
 
-    def __init__(self, folder: Path) -> None:
-        checkpoint = load_checkpoint(folder)
-        self._student, self.tokenizer = checkpoint.student, checkpoint.tokenizer
+    def __init__(
+        self,
+        student: Student,
+        tokenizer: Tokenizer,
+        about: dict[str, Any],
+        *,
+        headless: bool = False,
+    ) -> None:
+        self._student, self.tokenizer, self.headless = student, tokenizer, headless
         self.width = self._student.config.encoder.width
         spec = whisper_spec()
         self._silence = torch.from_numpy(Fbank(spec).pad_frame)
         self._behind = round(_SILENCE * spec.sample_rate / spec.hop)
-        self.about = _about(checkpoint.state) | {"silence": _SILENCE}
+        self.about = about | {"silence": _SILENCE}
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._student.to(self._device)
 
@@ -103,6 +115,8 @@ class StudentTeacher:
 class PretrainedTeacher:
     """A fine-tuned encoder of the wav2vec 2.0 family."""
 
+    headless = False
+
     def __init__(self, folder: Path) -> None:
         from loquent.models.pretrained import load_pretrained
 
@@ -127,17 +141,45 @@ def _about(state: dict[str, Any]) -> dict[str, Any]:
     return {"origin": state.get("origin", {}), "progress": state.get("progress", {})}
 
 
-def load_teacher(folder: Path) -> Teacher:
-    """The teacher in a checkpoint folder of `loquent train teacher` or `loquent train student`."""
+def load_teacher(source: str, tokens: Path | None = None) -> Teacher:
+    """The teacher of a checkpoint folder of `loquent train`, or a published Whisper's encoder.
+
+    Args:
+        source: the folder; or a Whisper, see :func:`~loquent.models.whisper.load_whisper`.
+        tokens: subwords of the student, if it is a Whisper, which has others.
+
+    Raises:
+        CheckpointError: neither is there.
+        DataError: a Whisper without ``tokens``.
+    """
+    folder = Path(source)
     recover(folder)
-    if not (folder / "config.json").is_file():
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if config.get("kind") == "pretrained":
+        return PretrainedTeacher(folder)
+    if "encoder" in config:
+        checkpoint = load_checkpoint(folder)
+        about = _about(checkpoint.state)
+        return StudentTeacher(checkpoint.student, checkpoint.tokenizer, about)
+    if folder.is_dir() and not config:
         raise CheckpointError(
             f"{folder}: no config.json; expected a checkpoint folder as `loquent train` writes "
-            "(RUN/last or RUN/best)"
+            "(RUN/last or RUN/best), or a Whisper"
         )
-    if read_json(folder / "config.json").get("kind") == "pretrained":
-        return PretrainedTeacher(folder)
-    return StudentTeacher(folder)
+    if not is_whisper(source):
+        raise CheckpointError(
+            f"{source}: a published encoder that is no Whisper; make a teacher of it first, with "
+            "`loquent train teacher`"
+        )
+    if tokens is None:
+        raise DataError(f"{source}: has none of our subwords; give the student's with --tokens")
+    try:
+        tokenizer = Tokenizer.load(tokens)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"--tokens {tokens}: no SentencePiece model ({error})") from error
+    teacher = whisper_teacher(load_whisper(source), tokenizer.size)
+    about = {"origin": {"start": source_name(source)}}
+    return StudentTeacher(teacher, tokenizer, about, headless=True)
 
 
 def transcript(logs_NV: NDArray[np.float32], tokenizer: Tokenizer) -> tuple[str, float]:
@@ -185,7 +227,11 @@ def cache_outputs(
     keep_features: bool = False,
     batch_seconds: float = 60.0,
 ) -> dict[str, dict[str, Any]]:
-    """Run the teacher over what the cache lacks; returns the cache's index by utterance."""
+    """Run the teacher over what the cache lacks; returns the cache's index by utterance.
+
+    Args:
+        kept: see :class:`PosteriorWriter`.
+    """
     width = teacher.width if keep_features else 0
     utterances = list({key_of(u): u for u in reversed(utterances)}.values())[::-1]
     with PosteriorWriter(folder, teacher.tokenizer, teacher.about, kept, width) as writer:
@@ -198,11 +244,12 @@ def cache_outputs(
         for batch in _by_length(utterances, missing, batch_seconds):
             heard = teacher.listen(batch)
             rows = [utterances[i] for i in batch]
-            scores = _text_logs(heard, [teacher.tokenizer.encode(u.text) for u in rows])
-            more = []
-            for (logs, _), score in zip(heard, scores, strict=True):
-                text, confidence = transcript(logs, teacher.tokenizer)
-                more.append({"text": text, "confidence": round(confidence, 4), "text_log": score})
+            more: list[dict[str, Any]] = [{} for _ in rows]
+            if kept:
+                scores = _text_logs(heard, [teacher.tokenizer.encode(u.text) for u in rows])
+                for entry, (logs, _), score in zip(more, heard, scores, strict=True):
+                    text, confidence = transcript(logs, teacher.tokenizer)
+                    entry |= {"text": text, "confidence": round(confidence, 4), "text_log": score}
             writer.add(
                 rows,
                 [logs for logs, _ in heard],
@@ -273,12 +320,19 @@ def _run(args: argparse.Namespace) -> None:
         utterances += [u for u in rows if u.duration <= 30.0]
     if not utterances:
         raise DataError("nothing to listen to; give --data or --unlabelled")
+    teacher = load_teacher(args.teacher, args.tokens)
+    if teacher.headless and (args.pseudo or not args.encoder):
+        raise DataError(
+            f"{args.teacher}: as published it writes none of our subwords; give --encoder for what "
+            "its encoder gives out, and no --pseudo, or make a teacher of it with "
+            "`loquent train teacher`"
+        )
     index = cache_outputs(
-        load_teacher(args.teacher),
+        teacher,
         utterances,
         args.output,
         features=args.features or args.output / "features",
-        kept=args.kept,
+        kept=0 if teacher.headless else args.kept,
         keep_features=args.encoder,
         batch_seconds=args.batch_seconds,
     )
@@ -301,7 +355,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         epilog="A killed run goes on where it was: give the same command again.",
     )
-    parser.add_argument("teacher", type=Path, help="checkpoint folder, for example RUN/best")
+    parser.add_argument(
+        "teacher",
+        help="checkpoint folder, for example RUN/best; or a Whisper: hub id, folder or CTranslate2 "
+        "model.bin",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the posteriors")
     parser.add_argument(
         "--data",
@@ -320,6 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--encoder", action="store_true", help="keep the encoder's output too, in half precision"
+    )
+    parser.add_argument(
+        "--tokens", type=Path, metavar="FILE", help="subwords of the student, for a Whisper"
     )
     parser.add_argument(
         "--pseudo", type=Path, metavar="FOLDER", help="write manifests with the teacher's text here"

@@ -43,7 +43,7 @@ class PosteriorWriter:
         folder: made if needed; a cache of the same teacher is continued.
         tokenizer: of the teacher's vocabulary.
         about: what made it; a cache of another teacher is refused.
-        kept: tokens per frame.
+        kept: tokens per frame; 0 if the teacher's head has learnt nothing.
         width: of the encoder's output, 0: not kept.
 
     Raises:
@@ -107,7 +107,7 @@ class PosteriorWriter:
         """
         lines = []
         for i, (utterance, logs_NV) in enumerate(zip(utterances, log_probs, strict=True)):
-            best = np.argpartition(-logs_NV, self._kept - 1, axis=1)[:, : self._kept]
+            best = np.argpartition(-logs_NV, max(0, self._kept - 1), axis=1)[:, : self._kept]
             order = np.take_along_axis(logs_NV, best, 1).argsort(1)[:, ::-1]
             best = np.take_along_axis(best, order, 1)
             record = np.zeros(len(logs_NV), _frame(self._kept))
@@ -150,6 +150,7 @@ class Posteriors:
     Attributes:
         tokenizer: of the vocabulary.
         about: what made it.
+        kept: tokens per frame; 0: there are no posteriors, only the encoder's output.
         width: of the encoder's output, 0: not kept.
 
     Raises:
@@ -163,14 +164,14 @@ class Posteriors:
             )
         self.about = read_json(folder / "teacher.json")
         self.tokenizer = Tokenizer.load(folder / "tokens.spm")
-        kept, self.width = int(self.about["kept"]), int(self.about["width"])
+        self.kept, self.width = int(self.about["kept"]), int(self.about["width"])
         entries = _entries(folder)
         self._entries = {entry["audio"]: entry for entry in entries}
         if not self._entries:
             raise CheckpointError(f"{folder}: holds no utterance yet; run `loquent distill` again")
         # Behind that a kill may have left the start of another utterance.
         count = sum(entry["frames"] for entry in entries)
-        self._logs = np.memmap(folder / "logs.bin", _frame(kept), "r", shape=(count,))
+        self._logs = np.memmap(folder / "logs.bin", _frame(self.kept), "r", shape=(count,))
         self._features: NDArray[np.float16] | None = None
         if self.width:
             self._features = np.memmap(
@@ -189,7 +190,8 @@ class Posteriors:
         frames = self._logs[part]
         logs = frames["logs"].astype(np.float32)
         # What was not kept is shared out, so that the divergence is one of distributions.
-        logs -= np.log(np.exp(logs).sum(1, keepdims=True))
+        if self.kept:
+            logs -= np.log(np.exp(logs).sum(1, keepdims=True))
         text = entry.get("text_log")
         return Said(
             ids_NK=frames["ids"],

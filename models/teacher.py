@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from loquent.models.loop import Freezing
 from loquent.models.presets import whisper_encoder, whisper_student
@@ -19,6 +20,28 @@ from loquent.models.whisper import (
     initialise_from_whisper,
     whisper_shape,
 )
+
+
+def is_whisper(source: str) -> bool:
+    """Whether a hub id, folder or file is a Whisper, not one of the wav2vec 2.0 family.
+
+    Raises:
+        CheckpointError: it is nothing that could be read or fetched.
+    """
+    path = Path(source)
+    if path.is_file() or (path / "model.bin").exists():
+        return True
+    from loquent.models.pretrained import model_type
+
+    return model_type(source) == "whisper"
+
+
+def source_name(source: str) -> str:
+    """Of pretrained weights, for the model card: a name, never a path of this machine."""
+    path = Path(source)
+    if path.is_file():
+        return path.resolve().parent.name
+    return path.name if path.exists() else source
 
 
 def freezing_policy(hours: float, layers: int, steps: int) -> Freezing:

@@ -30,9 +30,14 @@ from loquent.models.pretrained import (
     Pretrained,
     PretrainedTrainer,
     load_encoder,
-    model_type,
 )
-from loquent.models.teacher import freezing_policy, replay_share, whisper_teacher
+from loquent.models.teacher import (
+    freezing_policy,
+    is_whisper,
+    replay_share,
+    source_name,
+    whisper_teacher,
+)
 from loquent.models.training import WHOLE, TrainConfig, Trainer
 from loquent.models.whisper import load_whisper
 
@@ -112,10 +117,10 @@ def _run(args: argparse.Namespace) -> None:
     origin = {
         "data": names,
         "excluded_licences": args.exclude_licence,
-        "start": _named(args.teacher),
+        "start": source_name(args.teacher),
     }
     trainer: Trainer | PretrainedTrainer
-    if _is_whisper(args.teacher):
+    if is_whisper(args.teacher):
         if args.language_adapter:
             raise DataError("--language-adapter: a Whisper has none")
         teacher = whisper_teacher(load_whisper(args.teacher), tokenizer.size)
@@ -161,21 +166,6 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{hours:.2f} h a pass; {freezing}")
     trainer.fit()
     print(json.dumps({"run": str(args.run), **vars(trainer.progress)}))
-
-
-def _is_whisper(source: str) -> bool:
-    path = Path(source)
-    if path.is_file() or (path / "model.bin").exists():
-        return True
-    return model_type(source) == "whisper"
-
-
-def _named(source: str) -> str:
-    """For the model card: a name, never a path of this machine."""
-    path = Path(source)
-    if path.is_file():
-        return path.resolve().parent.name
-    return path.name if path.exists() else source
 
 
 def main(argv: Sequence[str]) -> int:

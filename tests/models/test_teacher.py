@@ -182,15 +182,10 @@ def test_wav2vec_from_pretraining_to_a_student(
     assert "different subwords" in capsys.readouterr().err
 
 
-def test_whisper_teacher_and_a_lattice_beside(
-    corpus: Path,
-    tiny_config: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    source = tmp_path / "whisper"
+    source = tmp_path_factory.mktemp("hub") / "whisper"
     WhisperForConditionalGeneration(
         WhisperConfig(
             d_model=64,
@@ -211,17 +206,28 @@ def test_whisper_teacher_and_a_lattice_beside(
             begin_suppress_tokens=[],
         )
     ).save_pretrained(source)
+    return source
+
+
+def test_whisper_teacher_and_a_lattice_beside(
+    corpus: Path,
+    whisper: Path,
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     features = corpus.parent / "features"
     run = tmp_path / "teacher"
     frozen = options(freeze_layers=1, freeze_encoder=0)
     args = loop(corpus, run, features=features, replay=corpus, vocab=12)
-    assert cli.main(["teacher", *args, *frozen, *options(teacher=source)]) == 0
+    assert cli.main(["teacher", *args, *frozen, *options(teacher=whisper)]) == 0
     checkpoint = load_checkpoint(run / "last")
     assert checkpoint.student.config.joiner_dim == 0
     names = checkpoint.state["origin"]["data"]
     assert "share 0.111" in names[1]
     start = load_checkpoint(run / "last").student.encoder.state_dict()
-    original = cli.load_whisper(source)
+    original = cli.load_whisper(whisper)
     lowest = "layers.0.fc1.weight"
     assert torch.equal(start["emformer.layers.0.ffn_in.weight"], original[lowest])
     top = start["emformer.layers.1.ffn_in.weight"]
@@ -284,6 +290,55 @@ def test_whisper_teacher_and_a_lattice_beside(
     with pytest.raises(SystemExit):
         cli.main([*loop(corpus, second), *shared, *options(kd_beside=first / "last")])
     assert "--kd-beside CHECKPOINT goes with" in capsys.readouterr().err
+
+
+def test_heads_first_on_what_a_published_whisper_gives_out(
+    corpus: Path, whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = corpus.parent / "features"
+    tokens = tmp_path / "tokens.spm"
+    tokens.write_bytes(Tokenizer.train([u.text for u in read_manifest(corpus)], 12).model)
+    heard = tmp_path / "heard"
+    asked = [str(whisper), *options(output=heard, data=corpus, features=features, threads=1)]
+    for more, message in (
+        ({}, "with --tokens"),
+        ({"tokens": corpus}, "no SentencePiece model"),
+        ({"tokens": tokens}, "give --encoder"),
+    ):
+        with pytest.raises(SystemExit):
+            distill.main([*asked, *options(**more)])
+        assert message in capsys.readouterr().err
+    asked += options(tokens=tokens, encoder=True)
+    assert distill.main(asked) == 0
+    cache = Posteriors(heard)
+    assert (cache.kept, cache.width, len(cache)) == (0, 64, 24)
+    assert cache.about["origin"] == {"start": "whisper"}
+    # Heads learn, and the encoder waits for its first step: here it never comes.
+    still = options(whisper=whisper, distil=heard, kd_features=2, rnnt_from=1, lr=0.0, head_lr=0.0)
+    runs = {}
+    for name, steps in (("without", 0), ("with", 10)):
+        run = tmp_path / name
+        first = [*loop(corpus, run, features=features), *still, *options(heads_first=steps)]
+        assert cli.main(first) == 0
+        runs[name] = load_checkpoint(run / "last").student.state_dict()
+        assert float(columns(run)["kd_features"]) > 0
+        assert "kd_ctc" not in columns(run)
+    assert load_checkpoint(run / "last").state["origin"]["start"] == "whisper"
+    for name, tensor in runs["with"].items():
+        same = torch.equal(tensor, runs["without"][name])
+        assert same == name.startswith("encoder."), name
+    # A run that goes on has its heads.
+    capsys.readouterr()
+    assert cli.main([*first, *options(steps=4)]) == 0
+    assert "heads:" not in capsys.readouterr().err
+    after = load_checkpoint(run / "last").student.state_dict()
+    assert torch.equal(after["ctc.weight"], runs["with"]["ctc.weight"])
+    with pytest.raises(SystemExit):
+        cli.main([*loop(corpus, tmp_path / "x", features=features), *still, *options(kd_ctc=1)])
+    assert "leave --kd-ctc and --kd-text away" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*loop(corpus, tmp_path / "x", features=features), *options(heads_first=1)])
+    assert "--heads-first need --distil" in capsys.readouterr().err
 
 
 # Batches
