@@ -43,63 +43,19 @@ GRAPH = "words.onnx"
 SHARE = 0.5
 
 
-_GROUP = 64  # numbers of a row that share a scale
-_LEVELS = 7  # above and below zero, in 4 bits
-_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-
-
-def pack(weight_VP: Tensor) -> tuple[Tensor, Tensor]:
-    """A table in 4 bits: numbers from 1 to 15, 8 for zero, two to a byte, and their scales.
-
-    Args:
-        weight_VP: (V, P) of any P.
-
-    Returns:
-        (V, ceil(P' / 2)) uint8, the first half of a row in the lower bits, P' being P rounded up to
-        a multiple of ``groups`` (or to an even number); (V, groups) float32.
-    """
-    rows, width = weight_VP.shape
-    groups = max(1, -(-width // _GROUP))
-    size = -(-width // groups)
-    size += size * groups % 2
-    padded = nn.functional.pad(weight_VP, (0, groups * size - width))
-    x = padded.reshape(rows, groups, size)
-    peak = x.abs().amax(2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    # A few numbers far out cost the others their precision: clip where that is the nearest.
-    scale, best = peak / _LEVELS, torch.full_like(peak, torch.inf)
-    for clip in _CLIPS:
-        own = peak * clip / _LEVELS
-        error = ((x / own).round().clamp(-_LEVELS, _LEVELS) * own - x).square().sum(2, keepdim=True)
-        scale, best = torch.where(error < best, own, scale), torch.minimum(error, best)
-    levels = (x / scale).round().clamp(-_LEVELS, _LEVELS).reshape(rows, -1) + _LEVELS + 1
-    low, high = levels.to(torch.uint8).chunk(2, dim=1)
-    return low + 16 * high, scale[:, :, 0]
-
-
-def unpack(packed_NQ: Tensor, scale_NG: Tensor, width: int) -> Tensor:
-    """Rows of a table of :func:`pack`: (N, Q) and (N, G) -> (N, width) float32."""
-    both = packed_NQ.float()
-    high = (both / 16).floor()
-    levels = torch.cat([both - 16 * high, high], dim=1) - (_LEVELS + 1)
-    groups = levels.unflatten(1, (scale_NG.shape[1], -1))  # type: ignore[no-untyped-call]
-    result: Tensor = (groups * scale_NG[:, :, None]).flatten(1)[:, :width]
-    return result
-
-
 class _Step(nn.Module):
     """One word, by its id in the n-gram: its score, and what follows.
 
-    The table is kept in 4 bits (:func:`pack`), as it is most of the network. Words of the n-gram
-    without a row are taken for the unknown word, of whose probability each has the share that the
-    n-gram gives it.
+    The table is kept in 8 bits with a scale for each row. Words of the n-gram without a row are
+    taken for the unknown word, of whose probability each has the share that the n-gram gives it.
 
     Shapes: N words, G words of the n-gram, V rows of the table, P their width, H the LSTM's.
     """
 
     row_G: Tensor
     bias_G: Tensor
-    table_VQ: Tensor
-    scale_VK: Tensor
+    table_VP: Tensor
+    scale_V: Tensor
 
     def __init__(self, model: WordLm, ngram: Ngram) -> None:
         super().__init__()
@@ -108,12 +64,12 @@ class _Step(nn.Module):
         unigrams = torch.tensor([ngram.unigram(i) for i in range(len(ngram.words))])
         strange = rows == 0
         share = torch.where(strange, unigrams - unigrams[strange].logsumexp(0), torch.zeros(1))
-        self._width = model.config.width
-        table, scale = pack(model.table.weight.detach())
+        weight = model.table.weight.detach()
+        scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         self.register_buffer("row_G", rows.int())
         self.register_buffer("bias_G", model.bias.detach()[rows] + share)
-        self.register_buffer("table_VQ", table)
-        self.register_buffer("scale_VK", scale)
+        self.register_buffer("table_VP", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale_V", scale)
         lstm = dict(model.lstm.named_parameters())
         self.gates = nn.Linear(model.config.width + model.config.hidden, 4 * model.config.hidden)
         with torch.no_grad():
@@ -125,7 +81,7 @@ class _Step(nn.Module):
         self, word_N: Tensor, out_NP: Tensor, hidden_NH: Tensor, cell_NH: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row_N = self.row_G[word_N].long()
-        x_NP = unpack(self.table_VQ[row_N], self.scale_VK[row_N], self._width)
+        x_NP = self.table_VP[row_N].float() * self.scale_V[row_N][:, None]
         logp_N = (x_NP * out_NP).sum(1) + self.bias_G[word_N]
         gates = self.gates(torch.cat([x_NP, hidden_NH], dim=1))
         take, keep, new, give = gates.chunk(4, dim=1)
