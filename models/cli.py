@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="STEPS",
         help="new heads learn alone at first, for so many steps, on the encoder output that "
-        "--distil has kept; a minute's work (try 3000 for a student that begins as its teacher)",
+        "--distil has kept; some minutes' work (try 2000 for a student that begins as its teacher)",
     )
     parser.add_argument(
         "--delay-penalty",
@@ -329,19 +329,20 @@ def _run(args: argparse.Namespace) -> None:
         train = FeatureCache(utterances, spec, cache)
     if args.ffn:
         student = _narrowed(student, args.ffn, train, args.run)
-    if args.predictor_from and not (args.run / "last").exists():  # whose weights it will have
-        _take_predictor(student, tokenizer, args.predictor_from)
-    if args.heads_first and teacher is not None and not (args.run / "last").exists():
-        learn_heads(
-            student,
-            teacher,
-            utterances,
-            [tokenizer.encode(u.text) for u in utterances],
-            steps=args.heads_first,
-            seed=args.seed,
-            trained_predictor=args.predictor_from is not None,
-            bf16=not args.fp32,
-        )
+    if not (args.run / "last").exists():  # whose weights it will have
+        if args.predictor_from:
+            _take_predictor(student, tokenizer, args.predictor_from)
+        if args.heads_first and teacher is not None:
+            learn_heads(
+                student,
+                teacher,
+                utterances,
+                [tokenizer.encode(u.text) for u in utterances],
+                steps=args.heads_first,
+                seed=args.seed,
+                trained_predictor=args.predictor_from is not None,
+                bf16=not args.fp32,
+            )
     trainer = Trainer(
         args.run,
         student,

@@ -161,7 +161,7 @@ def load_teacher(source: str, tokens: Path | None = None) -> Teacher:
         checkpoint = load_checkpoint(folder)
         about = _about(checkpoint.state)
         return StudentTeacher(checkpoint.student, checkpoint.tokenizer, about)
-    if folder.is_dir() and not config:
+    if folder.is_dir() and not config and not (folder / "model.bin").exists():
         raise CheckpointError(
             f"{folder}: no config.json; expected a checkpoint folder as `loquent train` writes "
             "(RUN/last or RUN/best), or a Whisper"

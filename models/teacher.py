@@ -13,6 +13,7 @@ from pathlib import Path
 
 from loquent.models.loop import Freezing
 from loquent.models.presets import whisper_encoder, whisper_student
+from loquent.models.pretrained import model_type
 from loquent.models.student import Student, StudentConfig
 from loquent.models.whisper import (
     Tensors,
@@ -31,8 +32,6 @@ def is_whisper(source: str) -> bool:
     path = Path(source)
     if path.is_file() or (path / "model.bin").exists():
         return True
-    from loquent.models.pretrained import model_type
-
     return model_type(source) == "whisper"
 
 

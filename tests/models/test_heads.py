@@ -56,7 +56,7 @@ def test_heads_read_what_the_teacher_said(
     student = Student(tiny_config(tokenizer.size))
     width = student.config.encoder.width
     rows = utterances()
-    # The last one is not heard, and has a text that nothing could be learnt from.
+    # The teacher has not heard the last one.
     heard = write(tmp_path, tokenizer, width, rows[:-1])
     targets = [tokenizer.encode(u.text) for u in rows]
     before = {name: p.detach().clone() for name, p in student.named_parameters()}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.models.commands import columns, loop, options
 from transformers import (
     HubertConfig,
     HubertModel,
@@ -24,12 +25,8 @@ from transformers import (
     Wav2Vec2ForPreTraining,
     WavLMConfig,
     WavLMModel,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
 
-from loquent.engine.audio import load_audio
-from loquent.engine.features import fbank, whisper_spec
 from loquent.export import measure
 from loquent.models import cli, distill, pretraining
 from loquent.models.checkpoint import CheckpointError, load_checkpoint, read_tensors
@@ -74,33 +71,6 @@ QUANTISER: dict[str, Any] = {
     "proj_codevector_dim": 16,
     "num_negatives": 5,
 }
-
-
-def options(**values: object) -> list[str]:
-    words: list[str] = []
-    for name, value in values.items():
-        for one in value if isinstance(value, list) else [value]:
-            words += ["--" + name.replace("_", "-"), *([] if one is True else [str(one)])]
-    return words
-
-
-def loop(corpus: Path, run: Path, **changes: object) -> list[str]:
-    settings: dict[str, object] = {
-        "data": corpus,
-        "dev": corpus,
-        "run": run,
-        "steps": 3,
-        "batch_seconds": 8,
-        "eval_every": 3,
-        "save_every": 1,
-        "threads": 1,
-    }
-    return options(**{**settings, **changes})
-
-
-def columns(run: Path) -> dict[str, str]:
-    with (run / "log.csv").open() as file:
-        return list(csv.DictReader(file))[-1]
 
 
 @pytest.fixture(scope="module")
@@ -180,165 +150,6 @@ def test_wav2vec_from_pretraining_to_a_student(
     with pytest.raises(SystemExit):
         cli.main(["student", *loop(corpus, tmp_path / "x", tokens=other, distil=heard)])
     assert "different subwords" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    source = tmp_path_factory.mktemp("hub") / "whisper"
-    WhisperForConditionalGeneration(
-        WhisperConfig(
-            d_model=64,
-            encoder_layers=2,
-            encoder_attention_heads=1,
-            encoder_ffn_dim=256,
-            decoder_layers=1,
-            decoder_attention_heads=1,
-            decoder_ffn_dim=32,
-            vocab_size=60,
-            max_source_positions=1500,
-            max_target_positions=8,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-            decoder_start_token_id=3,
-            suppress_tokens=[],
-            begin_suppress_tokens=[],
-        )
-    ).save_pretrained(source)
-    return source
-
-
-def test_whisper_teacher_and_a_lattice_beside(
-    corpus: Path,
-    whisper: Path,
-    tiny_config: Config,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    features = corpus.parent / "features"
-    run = tmp_path / "teacher"
-    frozen = options(freeze_layers=1, freeze_encoder=0)
-    args = loop(corpus, run, features=features, replay=corpus, vocab=12)
-    assert cli.main(["teacher", *args, *frozen, *options(teacher=whisper)]) == 0
-    checkpoint = load_checkpoint(run / "last")
-    assert checkpoint.student.config.joiner_dim == 0
-    names = checkpoint.state["origin"]["data"]
-    assert "share 0.111" in names[1]
-    start = load_checkpoint(run / "last").student.encoder.state_dict()
-    original = cli.load_whisper(whisper)
-    lowest = "layers.0.fc1.weight"
-    assert torch.equal(start["emformer.layers.0.ffn_in.weight"], original[lowest])
-    top = start["emformer.layers.1.ffn_in.weight"]
-    assert not torch.equal(top, original["layers.1.fc1.weight"])
-    # A student begins as one of its layers, with its head and its subwords.
-    born = tmp_path / "born"
-    begun = options(from_teacher=run / "last", layers="1", lr=0.0, head_lr=0.0)
-    assert cli.main([*loop(corpus, born, features=features), *begun]) == 0
-    student = load_checkpoint(born / "last")
-    assert student.state["origin"]["start"] == "a teacher fine-tuned from whisper, layers 1"
-    assert student.student.config.encoder.emformer.layers == 1
-    assert student.student.config.encoder.pool_first
-    own = student.student.state_dict()
-    theirs = checkpoint.student.state_dict()
-    layer = "encoder.emformer.layers"
-    for mine, other in (
-        (f"{layer}.0.ffn_in.weight", f"{layer}.1.ffn_in.weight"),
-        ("encoder.frontend.conv1.weight", "encoder.frontend.conv1.weight"),
-        ("ctc.weight", "ctc.weight"),
-    ):
-        torch.testing.assert_close(own[mine], theirs[other])
-    # ... and may have fewer hidden units; a run that goes on keeps them.
-    slim = tmp_path / "slim"
-    asked = options(from_teacher=run / "last", ffn=40, lr=0.0, head_lr=0.0)
-    assert cli.main([*loop(corpus, slim, features=features), *asked]) == 0
-    assert cli.main([*loop(corpus, slim, features=features, steps=4), *asked]) == 0
-    student = load_checkpoint(slim / "last")
-    assert student.state["progress"]["step"] == 4
-    assert student.state["origin"]["start"].endswith("whisper, 40 units")
-    narrow = student.student.state_dict()[f"{layer}.0.ffn_in.weight"]
-    assert narrow.shape == (40, 64)
-    wide = theirs[f"{layer}.0.ffn_in.weight"]
-    assert all(any(torch.allclose(row, unit) for unit in wide) for row in narrow)
-    asked = [*loop(corpus, tmp_path / "wide"), *options(from_teacher=run / "last", ffn=257)]
-    with pytest.raises(SystemExit):
-        cli.main(asked)
-    assert "--ffn: got 257 units, expected 1 to 256" in capsys.readouterr().err
-    # The same checkpoint is a teacher for `distill`.
-    heard = tmp_path / "heard"
-    asked = options(output=heard, data=f"{corpus}=0.5", features=features)
-    assert distill.main([str(run / "last"), *asked]) == 0
-    assert len(Posteriors(heard)) == 24
-    # It has heard silence behind each utterance, as Whisper is used to, and gives none of it.
-    utterance = read_manifest(corpus)[0]
-    frames = len(fbank(whisper_spec(), load_audio(utterance.audio)))
-    said = Posteriors(heard).get(utterance)
-    assert said is not None
-    assert len(said.blank_N) == -(-frames // 4)
-    about = json.loads((heard / "teacher.json").read_text())
-    assert about["silence"] == 3.0
-    # Two students: the second learns from the transducer of the first.
-    monkeypatch.setattr(cli, "whisper_student", lambda vocab, **_: tiny_config(vocab))
-    first, second = tmp_path / "first", tmp_path / "second"
-    tokens = heard / "tokens.spm"
-    shared = options(features=features, rnnt_from=0, tokens=tokens)
-    assert cli.main([*loop(corpus, first), *shared]) == 0
-    beside = options(kd_lattice=0.5, kd_beside_ctc=0.5, kd_beside=first / "last", seed=2)
-    assert cli.main([*loop(corpus, second), *shared, *beside]) == 0
-    assert all(float(columns(second)[name]) > 0 for name in ("kd_lattice", "kd_beside"))
-    with pytest.raises(SystemExit):
-        cli.main([*loop(corpus, second), *shared, *options(kd_beside=first / "last")])
-    assert "--kd-beside CHECKPOINT goes with" in capsys.readouterr().err
-
-
-def test_heads_first_on_what_a_published_whisper_gives_out(
-    corpus: Path, whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    features = corpus.parent / "features"
-    tokens = tmp_path / "tokens.spm"
-    tokens.write_bytes(Tokenizer.train([u.text for u in read_manifest(corpus)], 12).model)
-    heard = tmp_path / "heard"
-    asked = [str(whisper), *options(output=heard, data=corpus, features=features, threads=1)]
-    for more, message in (
-        ({}, "with --tokens"),
-        ({"tokens": corpus}, "no SentencePiece model"),
-        ({"tokens": tokens}, "give --encoder"),
-    ):
-        with pytest.raises(SystemExit):
-            distill.main([*asked, *options(**more)])
-        assert message in capsys.readouterr().err
-    asked += options(tokens=tokens, encoder=True)
-    assert distill.main(asked) == 0
-    cache = Posteriors(heard)
-    assert (cache.kept, cache.width, len(cache)) == (0, 64, 24)
-    assert cache.about["origin"] == {"start": "whisper"}
-    # Heads learn, and the encoder waits for its first step: here it never comes.
-    still = options(whisper=whisper, distil=heard, kd_features=2, rnnt_from=1, lr=0.0, head_lr=0.0)
-    runs = {}
-    for name, steps in (("without", 0), ("with", 10)):
-        run = tmp_path / name
-        first = [*loop(corpus, run, features=features), *still, *options(heads_first=steps)]
-        assert cli.main(first) == 0
-        runs[name] = load_checkpoint(run / "last").student.state_dict()
-        assert float(columns(run)["kd_features"]) > 0
-        assert "kd_ctc" not in columns(run)
-    assert load_checkpoint(run / "last").state["origin"]["start"] == "whisper"
-    for name, tensor in runs["with"].items():
-        same = torch.equal(tensor, runs["without"][name])
-        assert same == name.startswith("encoder."), name
-    # A run that goes on has its heads.
-    capsys.readouterr()
-    assert cli.main([*first, *options(steps=4)]) == 0
-    assert "heads:" not in capsys.readouterr().err
-    after = load_checkpoint(run / "last").student.state_dict()
-    assert torch.equal(after["ctc.weight"], runs["with"]["ctc.weight"])
-    with pytest.raises(SystemExit):
-        cli.main([*loop(corpus, tmp_path / "x", features=features), *still, *options(kd_ctc=1)])
-    assert "leave --kd-ctc and --kd-text away" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main([*loop(corpus, tmp_path / "x", features=features), *options(heads_first=1)])
-    assert "--heads-first need --distil" in capsys.readouterr().err
 
 
 # Batches
