@@ -166,7 +166,11 @@ def load_teacher(source: str, tokens: Path | None = None) -> Teacher:
             f"{folder}: no config.json; expected a checkpoint folder as `loquent train` writes "
             "(RUN/last or RUN/best), or a Whisper"
         )
-    if not is_whisper(source):
+    try:
+        whisper = is_whisper(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; nor a checkpoint folder of `loquent train`") from error
+    if not whisper:
         raise CheckpointError(
             f"{source}: a published encoder that is no Whisper; make a teacher of it first, with "
             "`loquent train teacher`"

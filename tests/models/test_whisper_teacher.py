@@ -156,6 +156,10 @@ def test_heads_first_on_what_a_published_whisper_gives_out(
     with pytest.raises(SystemExit):
         distill.main([str(broken), *asked[1:], *options(tokens=tokens, encoder=True)])
     assert "no CTranslate2 model" in capsys.readouterr().err
+    # Most often it is a run whose name is misspelt.
+    with pytest.raises(SystemExit):
+        distill.main([str(tmp_path / "rum" / "last"), *asked[1:]])
+    assert "nor a checkpoint folder of `loquent train`" in capsys.readouterr().err
     asked += options(tokens=tokens, encoder=True)
     assert distill.main(asked) == 0
     cache = Posteriors(heard)
